@@ -43,9 +43,9 @@ class Oracle:
     least = None
     """Whether each token is in doubt, of a sequence: ids → bool [T], or [1] of an encoder's text."""
 
-    def __init__(self, base, pool, layers=1, half_life=64, skipped=0, directions=None):
+    def __init__(self, base, pool, layers=1, half_life=64, skipped=0, directions=None, means=False):
         """skipped: how many of a text's first tokens are no evidence. directions: how many are compared, None: all."""
-        self.directions = directions
+        self.directions, self.means = directions, means
         self.skipped = skipped
         self.base, self.pool, self.decay = base, pool, 2 ** (-1 / half_life)
         self.stack = "encoder." if base.is_encoder_decoder else ""
@@ -67,19 +67,25 @@ class Oracle:
         plain = plain_pieces(base.tokenizer)
         more = {"decoder_input_ids": plain[:, :1]} if base.is_encoder_decoder else {}
         seen = inputs_of(base, self.paths, lambda: base.model(input_ids=plain, **more))
-        self.whitening = {}
+        self.whitening, self.toward = {}, {}
         for path in self.paths:
             x = standardised(seen[path].flatten(0, 1))
             c = torch.cov(x.T)
             w, q = torch.linalg.eigh(c + 0.3 * c.trace() / len(c) * torch.eye(len(c), dtype=c.dtype))
             self.whitening[path] = x.mean(0), q @ torch.diag(w**-0.5) @ q.T
+            inverse = torch.linalg.inv(c + c.trace() / len(c) * torch.eye(len(c), dtype=c.dtype))
+            for expert in pool.experts if means else ():
+                if path in self.read[expert.name]:
+                    mean = expert.signature.prompts[path].double()
+                    self.toward[expert.name, path] = inverse @ (mean - x.mean(0))
         ids = _pieces(base.tokenizer)
         more = {"decoder_input_ids": ids[:, :1]} if base.is_encoder_decoder else {}
         seen = inputs_of(base, self.paths, lambda: base.model(input_ids=ids, **more))
         self.scale = {}
         for key in self.bases:
-            t = self.norms(*key, seen[key[1]].flatten(0, 1))
-            self.scale[key] = t.mean(), t.std(correction=0)
+            u = seen[key[1]].flatten(0, 1)
+            both = [self.norms(*key, u), *([self.along(*key, u)] if means else [])]
+            self.scale[key] = [(t.mean(), t.std(correction=0)) for t in both]
 
     def norms(self, name, path, u):
         _, values, right = self.bases[name, path]
@@ -87,6 +93,9 @@ class Oracle:
         mean, root = self.whitening[path]
         span = torch.linalg.qr((v @ root).T).Q
         return ((standardised(u) - mean) @ root @ span).norm(dim=-1) ** (2 / 3)
+
+    def along(self, name, path, u):
+        return standardised(u) @ self.toward[name, path]
 
     def evidence(self, ids):
         """L [T, experts] of one sequence; of an encoder's text [1, experts]."""
@@ -109,8 +118,10 @@ class Oracle:
         """z of one expert for each token, averaged over the modules that are read for it."""
         z = []
         for path in self.read[name]:
-            mean, deviation = self.scale[name, path]
-            z.append((self.norms(name, path, seen[path][0]) - mean) / deviation)
+            u = seen[path][0]
+            both = [self.norms(name, path, u), *([self.along(name, path, u)] if self.means else [])]
+            found = [(t - m) / s for t, (m, s) in zip(both, self.scale[name, path], strict=True)]
+            z.append(sum(found) / len(found))
         return sum(z) / len(z)
 
     def choice(self, ids):

@@ -132,7 +132,10 @@ def test_damage_and_strangers_files_are_named(made, tmp_path):
         ({"texts": unit(4)}, r"texts have shape \[4\]"),
         ({"texts": torch.full((2, 4), float("nan"))}, "8 of 8 values that are NaN"),
         ({"texts": unit(3, 4).to(torch.bfloat16)}, "texts is in torch.bfloat16, expected float32"),
-        ({"notes": unit(3, 4)}, "there is a tensor 'notes', expected 'texts' or activations/MODULE"),
+        (
+            {"notes": unit(3, 4)},
+            "there is a tensor 'notes', expected 'texts', activations/MODULE or prompts/MODULE",
+        ),
         (
             {"activations/nowhere": torch.ones(4)},
             "a mean activation for module nowhere, which the expert doesn't adapt",

@@ -11,9 +11,12 @@ from training_helpers import make_task, state_of
 
 from encoder_fixtures import make_encoder
 from phatgoose.errors import BaseModelError, TrainingError
+from phatgoose.experts.data_signature import describe
 from phatgoose.experts.expert import Expert
 from phatgoose.models.attach.attach import route
 from phatgoose.models.base.sentence_encoder import load_encoder
+from phatgoose.models.moe.names import modules_by_path
+from phatgoose.models.text.encoding import encode_input
 from phatgoose.training import signature
 from phatgoose.training.signature import SignatureConfig, make_signature
 
@@ -68,6 +71,39 @@ def test_activations_are_the_mean_inputs_with_the_expert_on(
     assert record["encoder"] == "encoder"
     again = Expert.load(made.save(tmp_path / "expert"))
     assert again.signature.hash == made.signature.hash
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_means_of_prompts_are_the_bare_bases_standardised_inputs(make_base, make_expert, tmp_path, family):
+    base, task = make_base(family), make_task(train=13)
+    expert = make_expert(base, "one", scale=0.5)
+    before = state_of(base.model)
+    made = make_signature(base, expert, task, SignatureConfig(texts=0, rows=13, rows_per_batch=4))
+    assert state_of(base.model) == before
+    sums, count = {}, 0
+    modules = modules_by_path(base.model, expert.updates)
+    for path in expert.updates:
+
+        def hook(m, args, output, path=path):
+            u = args[0][0].double()
+            u = u - u.mean(-1, keepdim=True)
+            sums[path] = sums.get(path, 0) + (u / (u.square().mean(-1, keepdim=True) + 1e-5).sqrt()).sum(0)
+
+        modules[path].register_forward_hook(hook)
+    stack = base.model.get_encoder() if base.is_encoder_decoder else base.model.base_model
+    for example in task.train[:13]:
+        ids = encode_input(base, example)
+        count += len(ids)
+        with torch.no_grad():
+            stack(input_ids=torch.tensor([ids]))
+    # A decoder behind an encoder reads no prompt.
+    assert made.signature.prompts.keys() == sums.keys()
+    assert (len(sums) < len(expert.updates)) == base.is_encoder_decoder
+    for path, mean in made.signature.prompts.items():
+        assert float((mean.double() - sums[path] / count).norm() / mean.norm()) < 1e-5
+    again = Expert.load(made.save(tmp_path / "expert"))
+    assert again.signature.prompts.keys() == sums.keys()
+    assert "of 13 rows and their prompts" in describe(again.provenance["signature"])
 
 
 def test_texts_are_the_prompts_as_the_tokenizer_gives_them_back(make_base, make_expert, encoder):

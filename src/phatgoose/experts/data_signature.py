@@ -1,8 +1,9 @@
-"""An expert's data signature: mean activations and embeddings of training texts.
+"""An expert's data signature: mean activations, means of prompts, and embeddings of training texts.
 
 signature.safetensors holds `activations/MODULE` ([d] float32: the module's input on the expert's own rows, averaged
-over tokens), `texts` ([n, width] float32: n ≤ 1000 unit vectors), or both. Its metadata names the adapter by sha256,
-and the sentence encoder by name and sha256. expert.json records under "signature" how it was made.
+over tokens), `prompts/MODULE` ([d] float32: the standardised input of the bare base's module, averaged over the tokens
+of these rows' prompts), `texts` ([n, width] float32: n ≤ 1000 unit vectors), or some of them. Its metadata names the
+adapter by sha256, and the sentence encoder by name and sha256. expert.json records under "signature" how it was made.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ from phatgoose.experts.gates import check_made_for, check_vectors
 from phatgoose.experts.names import PEFT_WEIGHTS
 
 MOST_TEXTS, MOST_WIDTH = 1000, 8192
-ACTIVATIONS, TEXTS = "activations/", "texts"
+ACTIVATIONS, PROMPTS, TEXTS = "activations/", "prompts/", "texts"
 _FORMAT = {"format": "phatgoose-signature", "version": "1"}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME_LENGTH = 200
@@ -57,16 +58,18 @@ class DataSignature:
         encoder: str | None = None,
         encoder_sha256: str | None = None,
         *,
+        prompts: Mapping[str, Tensor] | None = None,
         where: str = "a data signature",
     ):
         """
         Args:
-            activations: float [d] by module path.
+            activations, prompts: float [d] by module path.
             texts: float [n, width], rows of length 1.
             where: what error messages begin with.
         """
         self.path: Path | None = None
         given = {ACTIVATIONS + path: vector for path, vector in (activations or {}).items()}
+        given |= {PROMPTS + path: vector for path, vector in (prompts or {}).items()}
         given |= {} if texts is None else {TEXTS: texts}
         self._tensors = {name: t.detach().to("cpu", torch.float32) for name, t in given.items()}
         self._set({name: tuple(t.shape) for name, t in given.items()}, encoder, encoder_sha256, where)
@@ -75,9 +78,12 @@ class DataSignature:
     def _set(self, shapes: _Shapes, encoder: str | None, digest: str | None, where: str) -> None:
         """Sets what is known without the values, and checks it."""
         self.encoder, self.encoder_sha256, self._shapes = encoder, digest, shapes
-        self.has_texts, self.has_activations = TEXTS in shapes, bool(shapes.keys() - {TEXTS})
+        self.has_texts = TEXTS in shapes
+        self.has_activations, self.has_prompts = (
+            any(name.startswith(part) for name in shapes) for part in (ACTIVATIONS, PROMPTS)
+        )
         if not shapes:
-            raise ExpertError(f"{where} holds neither activations nor texts.")
+            raise ExpertError(f"{where} holds neither means nor texts.")
         for name, shape in shapes.items():
             if name == TEXTS and not (
                 len(shape) == 2 and 1 <= shape[0] <= MOST_TEXTS and 1 <= shape[1] <= MOST_WIDTH
@@ -100,8 +106,13 @@ class DataSignature:
     @cached_property
     def activations(self) -> Mapping[str, Tensor] | None:
         """Mean input [d_in] float32 of each adapted module (of an embedding: mean output), by module path."""
-        found = {n.removeprefix(ACTIVATIONS): t for n, t in self._tensors.items() if n != TEXTS}
-        return found or None
+        return _under(ACTIVATIONS, self._tensors) or None
+
+    @cached_property
+    def prompts(self) -> Mapping[str, Tensor] | None:
+        """Mean standardised input ū [d_in] float32 of modules of the bare base over the tokens of training prompts, by
+        module path. Embeddings, modules inside a mixture's experts, and those that read no prompt have none."""
+        return _under(PROMPTS, self._tensors) or None
 
     @property
     def texts(self) -> Tensor | None:
@@ -118,10 +129,14 @@ class DataSignature:
         return digest.hexdigest()
 
     def check_fits(self, sizes: Mapping[str, tuple[int, int, bool]], where: str) -> None:
-        """Refuses activations that aren't one vector for each module that the expert adapts, of its size."""
+        """Refuses activations that aren't one vector for each module that the expert adapts, of its size, and means of
+        prompts of other modules or sizes."""
         if self.has_activations:
-            found = {n.removeprefix(ACTIVATIONS): shape for n, shape in self._shapes.items() if n != TEXTS}
-            check_vectors(found, sizes, "mean activation", where)
+            check_vectors(_under(ACTIVATIONS, self._shapes), sizes, "mean activation", where)
+        if prompts := _under(PROMPTS, self._shapes):
+            check_vectors(
+                prompts, {p: size for p, size in sizes.items() if p in prompts}, "mean of prompts", where
+            )
 
     def write(self, target: Path, adapter_sha256: str) -> None:
         """Writes signature.safetensors: a copy of the file that was read if it still holds the same."""
@@ -154,9 +169,9 @@ class StoredSignature(DataSignature):
         self.path, self._sha256 = path, sha256
         check_made_for(_FORMAT, header.metadata, path, adapter_sha256, weights)
         for name, item in header.items.items():
-            if name != TEXTS and not name.startswith(ACTIVATIONS):
+            if name != TEXTS and not name.startswith((ACTIVATIONS, PROMPTS)):
                 raise ExpertError(
-                    f"{path}: there is a tensor {name!r}, expected {TEXTS!r} or {ACTIVATIONS}MODULE."
+                    f"{path}: there is a tensor {name!r}, expected {TEXTS!r}, {ACTIVATIONS}MODULE or {PROMPTS}MODULE."
                 )
             if item.dtype != torch.float32:
                 raise ExpertError(f"{path}: {name} is in {item.dtype}, expected float32.")
@@ -172,6 +187,14 @@ class StoredSignature(DataSignature):
             raise ExpertError(f"{self.path} was changed while it was in use.")
         _check_values(found.tensors, str(self.path))
         return found.tensors
+
+
+_T = TypeVar("_T")
+
+
+def _under(part: str, named: Mapping[str, _T]) -> dict[str, _T]:
+    """By module path, what is named as this part's."""
+    return {name.removeprefix(part): one for name, one in named.items() if name.startswith(part)}
 
 
 def _check_values(tensors: Mapping[str, Tensor], where: str) -> None:
@@ -190,7 +213,9 @@ def describe(record: Any) -> str:
         return ""
     parts = []
     if isinstance(rows := record.get("rows"), int) and rows > 0:
-        parts.append(f"mean activations of {rows:,} rows")
+        parts.append(
+            f"mean activations of {rows:,} rows{' and their prompts' if record.get('prompts') else ''}"
+        )
     texts, encoder = record.get("texts"), record.get("encoder")
     if isinstance(texts, int) and texts > 0:
         parts.append(

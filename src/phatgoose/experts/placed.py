@@ -51,9 +51,12 @@ def placed_expert(
     if expert.gates is not None:
         vars(found)["gates"] = Renamed(expert.gates, paths)
     signature = expert.signature
-    if signature is not None and signature.activations is not None:
-        means = dict(Renamed(signature.activations, paths))
+    if signature is not None and (signature.has_activations or signature.has_prompts):
+        means = None if signature.activations is None else dict(Renamed(signature.activations, paths))
+        prompts = signature.prompts
+        if prompts is not None:
+            prompts = {path: prompts[own] for path, own in paths.items() if own in prompts}
         vars(found)["signature"] = DataSignature(
-            means, signature.texts, signature.encoder, signature.encoder_sha256
+            means, signature.texts, signature.encoder, signature.encoder_sha256, prompts=prompts
         )
     return found

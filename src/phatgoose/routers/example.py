@@ -27,6 +27,7 @@ from phatgoose.routers.router import (
     Setup,
     SignatureRouter,
     check_at_least,
+    signed,
 )
 
 AUTO = "auto"
@@ -54,7 +55,7 @@ class ByText(SignatureRouter):
                 f"{type(self).__name__} reads text, for which it needs the tokenizer: pass the Base instead of the "
                 "bare model."
             )
-        return PoolEmbeddings(setup, self.signed(setup), None if self.encoder == AUTO else self.encoder)
+        return PoolEmbeddings(setup, signed(self, setup), None if self.encoder == AUTO else self.encoder)
 
     def library(self, setup: Setup) -> PoolEmbeddings:
         """Deprecated: use `embeddings`."""

@@ -14,6 +14,7 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.weight_signature import why_no_signature
 from phatgoose.ops import Backend
 from phatgoose.ops.fused import Choice
+from phatgoose.ops.reference import standardise
 from phatgoose.routers.context import PassMemory, RoutingContext
 from phatgoose.routers.markup import BEGUN, START, Markup
 from phatgoose.routers.router import (
@@ -26,8 +27,9 @@ from phatgoose.routers.router import (
     Setup,
     check_at_least,
     check_bool,
+    signed,
 )
-from phatgoose.routers.weights import Calibrated, standardised_gate
+from phatgoose.routers.weights import Calibrated, discriminants, standardised_gate
 
 BLOCKS_PER_READ = 6
 """One in so many of the adapted blocks is read, unless `layers` says otherwise."""
@@ -50,8 +52,9 @@ class Gander(Router):
     The first blocks act as the base does, and gather evidence. Of expert e at token t it is x_{t,e}, the mean over the
     read modules of z(‖P_e(ū_t − m)‖^⅔). ‖P_e(ū − m)‖ is the length of an input in the directions that the expert's
     update reads, its right-singular vectors V_e, where plain text varies equally in all directions (`whitened`); z is
-    standardised on the reference text. For an expert without singular vectors it is z of its gate. x is summed with a
-    forgetting window:
+    standardised on the reference text. For an expert without singular vectors it is z of its gate. With `means`, it is
+    the mean of that and of z(q_eᵀū_t), q_e the direction in which the expert's own prompts differ most from plain text,
+    by their means (`discriminants`). x is summed with a forgetting window:
 
         L_t = γ L_{t−1} + x_t,   γ = 2^(−1/half_life)
 
@@ -68,6 +71,8 @@ class Gander(Router):
     """After how many tokens evidence counts half. In an encoder nothing is forgotten."""
     top_k: int = 1
     """How many experts act on each token."""
+    means: bool = False
+    """Whether the mean prompts that contributors publish (`phatgoose signature`) are evidence, as much as weights."""
     doubt: bool = False
     """Whether the base acts where no expert stands out: where max_e S_{t,e} − mean_e S_{t,e} isn't above what one in
     twenty passages of plain text pass, S being the evidence per token, with a 0 among those averaged."""
@@ -76,17 +81,19 @@ class Gander(Router):
     stretches most. None: all. Reading a pool of thousands costs as much as all of their directions."""
 
     paper = "ours"
-    needs = "LoRA weights (or gates), one pass of the base"
+    needs = "LoRA weights (or gates), one pass of the base; with means=true data signatures: prompts"
     chooses = "top_k experts for all that was read so far"
     remembers = True
     by_token = False
 
     def __post_init__(self) -> None:
         check_at_least(self, half_life=1, top_k=1)
-        check_bool(self, "doubt")
+        check_bool(self, "doubt", "means")
         for name in ("layers", "directions"):
             if getattr(self, name) is not None:
                 check_at_least(self, **{name: 1})
+        if self.means:
+            object.__setattr__(self, "reads", "prompts")
 
     def prepared(self, setup: Setup) -> Router:
         return PreparedRouter(self, Reading.of(self, setup).bind)
@@ -104,6 +111,7 @@ class Reading:
         blocks: numbers of blocks of the stack that is read, and the experts that adapt just these. Every expert once.
         markup: tells where a sequence's text begins. None: with its first token.
         whole: whether it is an encoder that is read, which has the whole text before it.
+        prompts: of each expert, the mean prompts by module path, if they are evidence.
     """
 
     def __init__(
@@ -114,7 +122,9 @@ class Reading:
         blocks: Sequence[tuple[frozenset[int], Sequence[int]]],
         markup: Markup | None = None,
         whole: bool = False,
+        prompts: Sequence[Mapping[str, Tensor]] | None = None,
     ):
+        self.prompts = prompts
         self.settings, self.read, self.waiting = settings, read, waiting
         self.markup, self.whole, self.experts = markup, whole, sum(len(members) for _, members in blocks)
         self.decay = 2 ** (-1 / settings.half_life)
@@ -176,7 +186,8 @@ class Reading:
         )
         in_order = {path: tuple(sorted(members)) for path, members in read.items()}
         markup = None if setup.markup is None else setup.markup()
-        return cls(settings, in_order, waiting, of_kinds, markup, stack == "encoder")
+        prompts = _prompts(settings, setup, in_order) if settings.means else None
+        return cls(settings, in_order, waiting, of_kinds, markup, stack == "encoder", prompts)
 
     def check_on(self, on: Tensor) -> None:
         """Raises RoutingError if a pool of the experts that are on, bool [rows, experts], would be read elsewhere."""
@@ -394,8 +405,8 @@ class _Reader(BoundRouter):
     acts = False
     whole_passes = True
     plain: Tensor | None = None
-    """What plain text gave before it was standardised, float32 [passages, members], if the router doubts: the mean over
-    a passage's tokens, each as it counts in L."""
+    """What plain text gave before it was standardised, float32 [kinds of evidence, passages, members], if the router
+    doubts: the mean over a passage's tokens, each as it counts in L."""
     plain_weight = 0.0
     """What a passage's tokens count together."""
 
@@ -407,41 +418,48 @@ class _Reader(BoundRouter):
         places = [where[member] for member in members]
         updates = tuple(candidates.updates[i] for i in places)
         gates = tuple(_gate_to_read(candidates, i) for i in places)
-        read = replace(candidates, members=tuple(members), gates=gates, updates=updates)
+        self.read = replace(candidates, members=tuple(members), gates=gates, updates=updates)
         directions = reading.settings.directions
-        self.calibrated = Calibrated(read, gates, 1, "Gander", narrow=True, directions=directions)
+        self.evidence = [Calibrated(self.read, gates, 1, "Gander", narrow=True, directions=directions)]
+        """What is known of the experts: their weights, and their mean prompts."""
 
     def observe(self, u: Tensor, ops: Backend) -> None:
-        self.calibrated.observe(u, ops)
+        for one in self.evidence:
+            one.observe(u, ops)
 
     def observe_plain(self, u: Tensor, ops: Backend) -> None:
         flat = u.flatten(0, 1)
-        self.calibrated.whiten(flat)
+        self.evidence[0].whiten(flat)
+        if (prompts := self.reading.prompts) is not None:
+            means = torch.stack([prompts[member][self.path] for member in self.read.members])
+            # z is the same for q and for q standardised.
+            gates = standardised_gate(discriminants(means, standardise(flat).cpu()))
+            self.evidence[1:] = [Calibrated(self.read, gates.unbind(), 1, "Gander")]
         if self.reading.settings.doubt:
             ages = self.reading.ages(u.shape[1])
             self.plain_weight = float(ages.sum())
             weights = (ages / ages.sum()).to(u.device)
-            found = [
-                torch.einsum(
-                    "pte,t->pe",
-                    self.calibrated.uncalibrated(some.flatten(0, 1), ops)
-                    .float()
-                    .unflatten(0, some.shape[:2]),
-                    weights,
-                )
-                for some in u.split(_PASSAGES)
-            ]
-            self.plain = torch.cat(found)
+            self.plain = torch.stack([self._plain(one, u, weights, ops) for one in self.evidence])
+
+    @staticmethod
+    def _plain(evidence: Calibrated, u: Tensor, weights: Tensor, ops: Backend) -> Tensor:
+        """`plain` of inputs [passages, T, d] by one kind of evidence, [passages, members]."""
+        found = []
+        for some in u.split(_PASSAGES):
+            t = evidence.uncalibrated(some.flatten(0, 1), ops).float().unflatten(0, some.shape[:2])
+            found.append(torch.einsum("pte,t->pe", t, weights))
+        return torch.cat(found)
 
     def found_in_plain(self) -> Tensor:
         """What it adds to x on plain text, the mean over a passage's tokens, float32 [passages, experts]."""
         if self.plain is None:
             raise RoutingError("Gander was not shown plain text, by which it doubts: attach it with route().")
-        found, self.plain = self._shared(self.calibrated.on_scale(self.plain)), None
-        return found
+        found = [one.on_scale(t) for one, t in zip(self.evidence, self.plain, strict=True)]
+        self.plain = None
+        return self._shared(found)
 
     def check_observed(self) -> None:
-        self.calibrated.check_observed()
+        self.evidence[0].check_observed()
 
     def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
         context.check_whole()
@@ -454,10 +472,12 @@ class _Reader(BoundRouter):
 
     def _part(self, u: Tensor, ops: Backend) -> Tensor:
         """What this module adds to x, float32 [tokens, experts]."""
-        return self._shared(self.calibrated.standardised(u.reshape(-1, u.shape[-1]), ops))
+        flat = u.reshape(-1, u.shape[-1])
+        return self._shared([one.standardised(flat, ops) for one in self.evidence])
 
-    def _shared(self, z: Tensor) -> Tensor:
-        """z of the members [tokens, members] → their part of x, [tokens, experts]."""
+    def _shared(self, kinds: Sequence[Tensor]) -> Tensor:
+        """z of the members by each kind of evidence [tokens, members] → their part of x, [tokens, experts]."""
+        z = kinds[0] if len(kinds) == 1 else torch.stack(list(kinds)).mean(0)
         experts, part = self.reading.experts, z * self.shares.to(z.device)
         if len(self.members) == experts:
             return part
@@ -550,6 +570,21 @@ def _nobody(u: Tensor) -> tuple[Tensor, Tensor]:
     """No expert, for each of u's tokens: the base has all of the weight."""
     chosen = torch.full((len(u), 1), -1, dtype=torch.int64, device=u.device)
     return chosen, torch.ones(chosen.shape, dtype=torch.float32, device=u.device)
+
+
+def _prompts(
+    settings: Gander, setup: Setup, read: Mapping[str, tuple[int, ...]]
+) -> list[Mapping[str, Tensor]]:
+    """The mean prompts of each expert. Raises RoutingError for one that lacks that of a module where it is read."""
+    found: list[Mapping[str, Tensor]] = signed(settings, setup)
+    for path, members in read.items():
+        for member in members:
+            if path not in found[member]:
+                raise RoutingError(
+                    f"expert {setup.experts[member].name!r} has no mean prompts of {path}, where Gander reads it: make "
+                    "its signature anew (`phatgoose signature`), or leave means out."
+                )
+    return found
 
 
 def _gate_to_read(candidates: Candidates, index: int) -> Tensor | None:

@@ -168,7 +168,7 @@ class Router(ABC):
     """Whether a null candidate (no update, score 0) is offered at modules that only some experts adapt."""
 
     reads: str = ""
-    """Which part of the experts' data signatures it needs: "activations", "texts", or nothing."""
+    """Which part of the experts' data signatures it needs: "activations", "prompts", "texts", or nothing."""
 
     remembers = False
     """Whether it keeps something of each sequence from pass to pass (`RoutingContext.memory`)."""
@@ -229,24 +229,29 @@ class Drawn(Router):
         check_at_least(self, top_k=1)
 
 
-_SIGNED = {"activations": "mean activations of its data", "texts": "embedded training texts"}
+_SIGNED = {
+    "activations": "mean activations of its data",
+    "prompts": "mean prompts",
+    "texts": "embedded training texts",
+}
+
+
+def signed(router: Router, setup: Setup) -> list[Any]:
+    """What a router `reads` of every expert's data signature. Raises RoutingError for an expert that lacks it."""
+    found = []
+    for expert in setup.experts:
+        part = getattr(expert.signature, router.reads, None)
+        if part is None:
+            raise RoutingError(
+                f"expert {expert.name!r} has no {_SIGNED[router.reads]}, which {type(router).__name__} needs: its "
+                "contributor makes them with `phatgoose signature`. Or choose another router."
+            )
+        found.append(part)
+    return found
 
 
 class SignatureRouter(Router):
     """A router that reads the experts' data signatures, so that `prepared` must come before `bind`."""
-
-    def signed(self, setup: Setup) -> list[Any]:
-        """What it `reads` of every expert's data signature. Raises RoutingError for an expert that lacks it."""
-        found = []
-        for expert in setup.experts:
-            part = getattr(expert.signature, self.reads, None)
-            if part is None:
-                raise RoutingError(
-                    f"expert {expert.name!r} has no {_SIGNED[self.reads]}, which {type(self).__name__} needs: its "
-                    "contributor makes them with `phatgoose signature`. Or choose another router."
-                )
-            found.append(part)
-        return found
 
     def bind(self, candidates: Candidates) -> BoundRouter:
         raise RoutingError(f"{type(self).__name__} reads data signatures: attach it with route().")

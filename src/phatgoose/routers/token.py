@@ -25,6 +25,7 @@ from phatgoose.routers.router import (
     Setup,
     SignatureRouter,
     TopK,
+    signed,
 )
 from phatgoose.routers.weights import Calibrated, standardised_gate
 
@@ -114,7 +115,7 @@ class AverageActivation(TopK, SignatureRouter):
     reads = "activations"
 
     def prepared(self, setup: Setup) -> Router:
-        return PreparedRouter(self, partial(self._bind, self.signed(setup)))
+        return PreparedRouter(self, partial(self._bind, signed(self, setup)))
 
     def _bind(self, means: Sequence[Mapping[str, Tensor]], candidates: Candidates) -> BoundRouter:
         gates = [None if m < 0 else standardised_gate(means[m][candidates.path]) for m in candidates.members]

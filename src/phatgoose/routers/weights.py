@@ -123,6 +123,8 @@ def signatures(
 
 SHRINKAGE = 0.3
 """How much of its mean variance a covariance gets in every direction, so that it can be inverted and noise isn't."""
+MEANS_SHRINKAGE = 1.0
+"""The same for `discriminants`. Prompts of another form than the experts' own are then told better (docs/method.md)."""
 LEAST = 1e-4
 """What it gets at least, where standardised inputs hardly vary: lengths then stay within what float16 can hold."""
 _WHITENED_AT_A_TIME = 4096
@@ -195,6 +197,30 @@ class ProjectionNorms:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
+def shrunk(inputs: Tensor, by: float) -> tuple[Tensor, Tensor]:
+    """The mean of inputs [N, d] and their covariance, with `by` of its mean variance added in every direction, LEAST at
+    least: float64 [d] and [d, d]."""
+    x = inputs.double()
+    covariance = torch.cov(x.T)
+    covariance.diagonal().add_((by * covariance.trace() / len(covariance)).clamp(min=LEAST))
+    return x.mean(0), covariance
+
+
+def discriminants(means: Tensor, inputs: Tensor) -> Tensor:
+    """C⁻¹(μ_e − m): the directions in which means μ_e differ most from inputs, beside how these vary (Fisher's linear
+    discriminant, of each μ_e against all inputs).
+
+    Args:
+        means: μ_e of standardised inputs, [E, d].
+        inputs: standardised, [N, d]. Their mean is m; their covariance, shrunk by MEANS_SHRINKAGE, is C.
+
+    Returns: float64 [E, d].
+    """
+    mean, covariance = shrunk(inputs, MEANS_SHRINKAGE)
+    found: Tensor = torch.linalg.solve(covariance, (means.to(mean) - mean).T).T
+    return found
+
+
 def whiten(rows: Tensor, groups: Iterable[tuple[int, Tensor]], inputs: Tensor) -> tuple[Tensor, Tensor]:
     """Rows that measure an input's part in each V_e where inputs [N, d] vary equally in all directions.
 
@@ -208,10 +234,7 @@ def whiten(rows: Tensor, groups: Iterable[tuple[int, Tensor]], inputs: Tensor) -
 
     Returns: float32 [R, d], and float64 [d].
     """
-    x = inputs.double()
-    mean, covariance = x.mean(0), torch.cov(x.T)
-    d = len(covariance)
-    covariance.diagonal().add_((SHRINKAGE * covariance.trace() / d).clamp(min=LEAST))
+    mean, covariance = shrunk(inputs, SHRINKAGE)
     # P = L⁻¹ V C⁻¹ with L Lᵀ = V C⁻¹ Vᵀ: one product of d × d numbers, and no basis is computed one by one. C and V Vᵀ
     # are well conditioned, by SHRINKAGE and since V's rows are orthonormal.
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
@@ -221,7 +244,7 @@ def whiten(rows: Tensor, groups: Iterable[tuple[int, Tensor]], inputs: Tensor) -
         step = max(1, _WHITENED_AT_A_TIME // rank) * rank
         for first in range(start, end, step):
             some = slice(first, min(first + step, end))
-            v = rows[some].to(x).unflatten(0, (-1, rank))
+            v = rows[some].to(covariance).unflatten(0, (-1, rank))
             turned = v @ inverse
             factor = torch.linalg.cholesky(turned @ v.mT)
             found[some] = torch.linalg.solve_triangular(factor, turned, upper=False).flatten(0, 1).float()

@@ -103,7 +103,7 @@ def offered_routers(pool: Pool | None = None, first: str = WITHOUT_POOL) -> list
 
 def _has(expert: Expert, what: str) -> bool:
     signature = expert.signature
-    return signature is not None and (signature.has_texts if what == "texts" else signature.has_activations)
+    return signature is not None and bool(getattr(signature, f"has_{what}"))
 
 
 class Session:

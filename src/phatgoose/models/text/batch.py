@@ -7,6 +7,7 @@ last column, and the logits of the last L+1 positions predict the targets. All o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +32,13 @@ def make_batch(base: Base, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         zero = getattr(base.model.get_input_embeddings(), "padding_idx", None)
         pad = next((token for row in rows for token in row.prompt_ids if token != zero), pad)
     return collate(rows, pad, is_encoder_decoder=seq2seq, left=supports_left_padding(base.model))
+
+
+def prompt_batch(base: Base, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+    """`make_batch` without targets, for the encoder or the decoder that reads the prompts."""
+    batch = make_batch(base, [replace(row, target_ids=()) for row in rows])
+    del batch["labels"]
+    return batch
 
 
 def collate(
