@@ -1,4 +1,4 @@
-"""An expert's data signature: mean activations, means of prompts, and embeddings of training texts.
+"""An expert's data signature: mean activations, mean prompts, and embeddings of training texts.
 
 signature.safetensors holds `activations/MODULE` ([d] float32: the module's input on the expert's own rows, averaged
 over tokens), `prompts/MODULE` ([d] float32: the standardised input of the bare base's module, averaged over the tokens

@@ -1,4 +1,4 @@
-"""Make a data signature: mean activations, means of prompts, and embedded prompts of an expert's own rows."""
+"""Make a data signature of an expert's own rows: mean activations, mean prompts, embedded prompts."""
 
 from __future__ import annotations
 

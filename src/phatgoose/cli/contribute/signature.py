@@ -28,9 +28,9 @@ def command(
 ) -> None:
     """Make an expert's data signature: what its own training rows look like, for routers that need no gates.
 
-    Mean activations at every adapted module (average-activation), and embeddings of training prompts (retrieval,
-    centroid, soft-centroid). Nothing is trained. Use the rows the expert was trained on. If it is stopped,
-    the same command continues.
+    Mean activations at every adapted module (average-activation), mean prompts (gander:means=true), and embeddings of
+    training prompts (retrieval, centroid, soft-centroid). Nothing is trained. Use the rows the expert was trained on.
+    If it is stopped, the same command continues.
     """
     from phatgoose.cli.common import folders
     from phatgoose.cli.common.loading import load_for
