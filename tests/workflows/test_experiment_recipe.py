@@ -73,6 +73,15 @@ def test_the_recipes_of_sisters_train_and_measure_alike():
     assert (own.base, own.dtype, own.expert) == (one.base, one.dtype, one.expert)
     assert own.pool.admit_rows == one.pool.admit_rows == 200
     assert own.measure.test_rows == one.measure.test_rows == 300
+    assert (
+        own.pool.train_rows == one.pool.train_rows
+    )  # or its experts would have seen other rows, and be refused
+    assert (one.measure.admit_rows, one.measure.admit_own_gain, one.measure.admit_sister_gain) == (
+        200,
+        0.10,
+        0.04,
+    )
+    assert one.measure.measures == ("auc", "centred-accuracy", "accuracy", "rougeL")
     # The ceilings see none of the rows that the suite measures: both load a task with the same splits.
     for entry in own.pool_entries:
         options = split_spec(entry.specs[0]).options

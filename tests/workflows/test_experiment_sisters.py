@@ -20,6 +20,7 @@ from phatgoose.tasks.lists import named
 from phatgoose.tasks.load import load_task
 from phatgoose.workflows.experiment import steps as experiment_steps
 from phatgoose.workflows.experiment.admission import admission_tables, verdict
+from phatgoose.workflows.experiment.hits import hit_table, hits
 from phatgoose.workflows.experiment.recipe import ExperimentRecipe, RecipeError
 from phatgoose.workflows.experiment.results import RESAMPLES, suite_results
 from phatgoose.workflows.experiment.run import run_experiment
@@ -120,7 +121,7 @@ def test_tasks_are_admitted_on_validation_rows_and_the_others_named(place, own):
         "admit_own_gain": 0.5, "admit_sister_gain": 0.25,
     }  # fmt: skip
     systems = ["base", "phatgoose", "sister", "own", "oracle"]
-    asked = recipe(place, measure, systems=systems)
+    asked = recipe(place, measure, systems=systems, page={"prompts": 1})
     results = run_experiment(asked, place / "out")
     assert results["complete"], results["failed"]
     suite = results["suites"]["near"]
@@ -162,10 +163,16 @@ def test_tasks_are_admitted_on_validation_rows_and_the_others_named(place, own):
     assert suite["systems"]["own"]["mean"] == pytest.approx(
         sum(measured["own"][t]["mean"] for t in suite["common_tasks"]) / 3
     )
+    assert list(suite["hits"]) == ["oracle", "phatgoose", "chance"]
+    assert suite["hits"]["phatgoose"]["tasks"] == 2  # "always" and "again" name sisters
+    weight = [sum(results["shares"][t][e] for e in SISTERS[t]) for t in ("always", "again")]
+    assert suite["hits"]["phatgoose"]["skill"] == pytest.approx(sum(weight) / 2)
+    assert suite["hits"]["chance"]["skill"] == (1 + 1 / 2) / 2
     assert list(suite["measures"]["accuracy"]["tiers"]) == ["templates", "sisters", "unrelated"]
     said = (place / "out/results.md").read_text()
     assert "### near: admitted" in said
     assert "### near: not admitted" in said
+    assert "### near: whose experts act" in said
     assert f"Left out: even: not admitted: {admission['even']['why']}" in said
     assert (
         "experts" not in json.loads((place / "out/results.json").read_text())["recipe"]["measure"]["suites"]
@@ -176,7 +183,8 @@ def test_tasks_are_admitted_on_validation_rows_and_the_others_named(place, own):
     assert run_experiment(asked, place / "out")["suites"] == results["suites"]
     assert {p.name for p in (place / "out/scores").iterdir()} == files
     strict = run_experiment(
-        recipe(place, {**measure, "admit_sister_gain": 0.99}, systems=systems), place / "out"
+        recipe(place, {**measure, "admit_sister_gain": 0.99}, systems=systems, page={"prompts": 1}),
+        place / "out",
     )["suites"]["near"]
     assert {p.name for p in (place / "out/scores").iterdir()} == files
     if not strict["admission"]["always"]["admitted"]:
@@ -264,6 +272,31 @@ def test_own_experts_that_saw_what_is_measured_are_refused(place, own):
     measure = {"own_experts": str(place / "again/experts"), "admit_rows": 10, "test_rows": 40}
     results = run_experiment(recipe(place, measure), place / "out")
     assert "are also training or validation rows of its own expert" in results["failed"]["admit even to near"]
+
+
+def test_hits_are_of_sisters_and_of_the_right_domain_with_the_wrong_skill():
+    tasks = {
+        "t": {"sisters": ["a", "b"], "same_domain": ["c"]},
+        "u": {"sisters": ["b"], "same_domain": []},
+        "far": {"sisters": [], "same_domain": ["a"]},
+        "plain": {},
+    }
+    chosen = {
+        "oracle": {"t": "a", "u": "c", "far": "a"},
+        "best-single": dict.fromkeys(tasks, "c"),
+        "sister": {"t": "a", "u": "b", "far": None},
+    }
+    shares = {"t": {"a": 0.25, "b": 0.125, "c": 0.5}, "far": {"a": 1.0}}
+    found = hits(tasks, chosen, shares, ["a", "b", "c", "d"])
+    assert found == {
+        "oracle": {"tasks": 2, "skill": 0.5, "domain": 0.0},
+        "best-single": {"tasks": 2, "skill": 0.0, "domain": 0.5},
+        "phatgoose": {"tasks": 1, "skill": 0.375, "domain": 0.5},
+        "chance": {"tasks": 2, "skill": 0.375, "domain": 0.125},
+    }
+    assert hit_table(found)[1] == ["oracle", "2", "50%", "0%"]
+    assert hits(tasks, {}, {}, ["a"]) == {}
+    assert hits({"plain": {}}, chosen, {}, ["a"]) == {}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 
 from phatgoose.templates import templates
 from phatgoose.workflows.experiment.admission import admission_tables
+from phatgoose.workflows.experiment.hits import hit_table
 from phatgoose.workflows.experiment.measures.tables import measure_sections, tier_sections
 from phatgoose.workflows.experiment.recipe import IN_POOL
 from phatgoose.workflows.experiment.systems import (
@@ -91,6 +92,7 @@ def _suite(name: str, suite: Mapping[str, Any], results: Mapping[str, Any]) -> d
         "few": few if results["chosen"].keys() & {*CHOSEN} else [],
         "tasks": _tasks(suite, results["chosen"].get(ORACLE, {}).get(name, {})),
         "admission": admission_tables(suite.get("admission", {})),
+        "hits": hit_table(suite["hits"]) if "hits" in suite else [],
         "measures": measure_sections(suite),
         "tiers": tier_sections(suite),
         "notes": _notes(name, suite, results["training_rows"]),

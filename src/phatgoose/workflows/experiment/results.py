@@ -20,9 +20,10 @@ from phatgoose.evaluation.statistics import holm, resampled, two_sided_p
 from phatgoose.extras import installed_versions
 from phatgoose.files import read_json
 from phatgoose.records import TaskScore
+from phatgoose.workflows.experiment.hits import hits
 from phatgoose.workflows.experiment.measures.compare import by_measure
 from phatgoose.workflows.experiment.measures.values import Answers, interval
-from phatgoose.workflows.experiment.page import FORMAT
+from phatgoose.workflows.experiment.page import FORMAT, page_names
 from phatgoose.workflows.experiment.recipe import IN_POOL, ExperimentRecipe, local_name
 from phatgoose.workflows.experiment.scores import EVALUATION, RESAMPLES, ScoreCache
 from phatgoose.workflows.experiment.systems import BASE, MAIN, ORACLE, OWN, SISTER
@@ -110,6 +111,8 @@ def results_of(recipe: ExperimentRecipe, out: Path, found: Findings, seconds: fl
             suites[name]["admission"] = found.admitted_tasks[name]
         if measures := recipe.measure.measures:
             common = {task: tasks[task] for task in compared["common_tasks"]}
+            if hit := _hits(name, common, found):
+                suites[name]["hits"] = hit
             suites[name]["measures"] = by_measure(table, common, found.answers.get(name, {}), measures)
     facts = _score_facts(out, found.files)
     return {
@@ -133,6 +136,13 @@ def results_of(recipe: ExperimentRecipe, out: Path, found: Findings, seconds: fl
         "complete": not found.failed,
         "failed": found.failed,
     }
+
+
+def _hits(suite: str, tasks: Mapping[str, Any], found: Findings) -> dict[str, Any]:
+    names = page_names({s: list(of_suite) for s, of_suite in found.tasks.items()})
+    shares = {t: s for t in tasks if (s := found.traced.get("shares", {}).get(names[suite, t])) is not None}
+    chosen = {system: of_suites.get(suite, {}) for system, of_suites in found.chosen.items()}
+    return hits(tasks, chosen, shares, [e["name"] for e in found.experts])
 
 
 def _claims(floors: Mapping[str, float], suites: Mapping[str, Any]) -> dict[str, Any]:
