@@ -56,7 +56,7 @@ def write(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
                 file=sys.stderr,
                 flush=True,
             )
-    write_json(folder / "pool.json", new_manifest(entries, base))
+    write_json(folder / "pool.json", new_manifest(entries, base.to_json()))
     written, start = time.perf_counter() - start, time.perf_counter()
     pack(folder, spare=0.0)
     stacks = next((folder / "packed").iterdir()).stat()

@@ -93,7 +93,7 @@ def write_pool(folder: Path, experts: int, layers: int) -> int:
     base = fingerprint(model_of(layers), "random-smollm2")
     found = (random_expert(number, layers, base.to_json()) for number in range(experts))  # one at a time
     entries = [place_expert(folder, expert, []) for expert in found]
-    write_json(folder / "pool.json", new_manifest(entries, base))
+    write_json(folder / "pool.json", new_manifest(entries, base.to_json()))
     each = layers * sum(2 * 16 * (d_in + d_out) + 4 * d_in for d_in, d_out in SHAPES.values())
     return each * experts
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from phatgoose.experts.pool import Pool
 from phatgoose.records import Prediction, Task, TaskScore
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -54,6 +55,16 @@ def test_one_of_the_methods_is_the_one_that_is_chosen(scripts):
         row = ops._row(case, layers.layers_of(case)[:2], 3)
     assert row.split()[:3] == ["4", "32", "3"]
     assert row.count("*") == 1
+
+
+def test_pools_that_are_written_to_be_measured_can_be_loaded(scripts, tmp_path):
+    scripts("packed").write_pool(tmp_path / "folders", 2, 1)
+    small = SimpleNamespace(layers=1, experts=2, rank=2, modules=["q_proj"])
+    scripts("large").write(tmp_path / "packed", small)
+    for name in ("folders", "packed"):
+        pool = Pool.load(tmp_path / name)
+        assert len(pool) == 2
+        assert pool.base is not None
 
 
 def test_gander_is_measured_beside_the_base_and_phatgoose(scripts, tmp_path, capsys):
