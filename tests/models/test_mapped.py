@@ -26,6 +26,10 @@ def test_every_parameter_is_the_bases(make_base, tmp_path, family, dtype):
         assert torch.equal(named[name], parameter), name
     one, other = fingerprint(found, "x"), base.fingerprint
     assert (one.samples, one.architecture) == (other.samples, other.architecture)
+    ids = torch.tensor([[5, 9, 31, 7]])
+    more = {"decoder_input_ids": ids[:, :2]} if family == "t5" else {}
+    with torch.no_grad():  # so its buffers are the base's too
+        assert torch.equal(found(ids, **more).logits, load(str(tmp_path)).model(ids, **more).logits)
 
 
 def test_a_checkpoint_under_other_names_is_loaded(make_base, tmp_path, monkeypatch):

@@ -14,20 +14,22 @@ def main() -> None:
     request, target = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     from vllm import LLM, SamplingParams
 
-    llm = LLM(
-        **request["engine"], max_model_len=256, max_num_batched_tokens=256, max_num_seqs=16, max_logprobs=TOP,
-        logprobs_mode="raw_logits", enable_prefix_caching=False,
-    )  # fmt: skip
-    prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
+    settings = {
+        "max_model_len": 256, "max_num_batched_tokens": 256, "max_num_seqs": 16, "enable_prefix_caching": False,
+        **request["engine"],
+    }  # fmt: skip
+    llm = LLM(**settings, max_logprobs=TOP, logprobs_mode="raw_logits", disable_log_stats=False)
     greedy = SamplingParams(temperature=0, max_tokens=request["tokens"], logprobs=TOP, ignore_eos=True)
     answers = [
         {
             "ids": list(one.outputs[0].token_ids),
             "logits": [{t: v.logprob for t, v in at.items()} for at in one.outputs[0].logprobs],
         }
-        for one in llm.generate(prompts, greedy, use_tqdm=False)
+        for prompts in request["calls"]
+        for one in llm.generate([{"prompt_token_ids": ids} for ids in prompts], greedy, use_tqdm=False)
     ]
-    target.write_text(json.dumps(answers))
+    counts = {m.name: m.value for m in llm.get_metrics() if isinstance(getattr(m, "value", None), int)}
+    target.write_text(json.dumps({"answers": answers, "counts": counts}))
 
 
 if __name__ == "__main__":

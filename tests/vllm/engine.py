@@ -34,15 +34,25 @@ def options(pool, router="phatgoose:top_k=2"):
 
 def ask(folder, prompts, tokens, model, overrides, *, dtype="float32", eager=True, ranks=1):
     """vLLM's greedy answers: [{"ids", "logits": [{token: logit}]}], or what its log says where it refuses to start."""
+    said = ask_often(folder, [prompts], tokens, model, overrides, dtype=dtype, eager=eager, ranks=ranks)
+    return said if isinstance(said, str) else said["answers"]
+
+
+def ask_often(folder, calls, tokens, model, overrides, *, dtype="float32", eager=True, ranks=1, **engine):
+    """As `ask`, for several lists of prompts, one after the other: {"answers", "counts": vLLM's counters}.
+
+    engine: more of vLLM's options.
+    """
     engine = {
         "model": str(model),
         "dtype": dtype,
         "enforce_eager": eager,
         "tensor_parallel_size": ranks,
         "hf_overrides": overrides,
+        **engine,
     }
     request, answer, log = folder / "request.json", folder / "answer.json", folder / "vllm.log"
-    request.write_text(json.dumps({"engine": engine, "prompts": prompts, "tokens": tokens}))
+    request.write_text(json.dumps({"engine": engine, "calls": calls, "tokens": tokens}))
     answer.unlink(missing_ok=True)
     with log.open("w") as out:
         subprocess.run(
@@ -58,7 +68,7 @@ def ours(model, pool, router, sequences, dtype="float32"):
     if pool is not None:
         route(base, Pool.load(pool), parse_router(router), any_base=True)
     with torch.no_grad():
-        return [base.model(input_ids=torch.tensor([s])).logits[0].float() for s in sequences]
+        return [base.model(input_ids=torch.tensor([s]), use_cache=False).logits[0].float() for s in sequences]
 
 
 def compare(answers, prompts, logits):

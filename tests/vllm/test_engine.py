@@ -82,8 +82,8 @@ def tiny(tokenizer, make_expert, tmp_path):
             "head_dim": 32,
         }
         config = LlamaConfig(
-            vocab_size=320, **sizes, num_key_value_heads=1, max_position_embeddings=512, initializer_range=0.1,
-            pad_token_id=0, eos_token_id=1, bos_token_id=None, **others,
+            vocab_size=320, num_key_value_heads=1, max_position_embeddings=512, initializer_range=0.1,
+            pad_token_id=0, eos_token_id=1, bos_token_id=None, **(sizes | others),
         )  # fmt: skip
         base = Base(LlamaForCausalLM(config).eval(), tokenizer, spec="tiny-llama")
         base.model.save_pretrained(tmp_path / "tiny")

@@ -50,9 +50,9 @@ def saved(make_base, tmp_path):
     return save
 
 
-def opened(settings, samples, model, rank, ranks):
+def opened(settings, checked, model, rank, ranks):
     """Every layer of one rank with its slices, as vLLM builds a model: all ask, then all are made."""
-    layers = Layers(settings, samples, lambda path: path)
+    layers = Layers(settings, checked, lambda path: path, lambda: 16, "cpu")
     return layers, [(*found, layers.take(found[0], MERGED)) for found in linears(model, rank, ranks)]
 
 
@@ -67,9 +67,9 @@ def opened(settings, samples, model, rank, ranks):
 def test_merged_and_split_layers_compute_what_route_does(saved, pool_of, router, ranks, dtype, tolerance):
     base, folder = saved(dtype)
     settings = Settings(str(pool_of(base)), router)
-    samples = check(settings, folder)
+    checked = check(settings, folder)
     threads = Ranks(ranks)
-    built = [opened(settings, samples, base.model, rank, ranks) for rank in range(ranks)]
+    built = [opened(settings, checked, base.model, rank, ranks) for rank in range(ranks)]
     made = [
         [
             (linear, weight, modules, layers.make(linear, parts, weight.data, threads.all_reduce(rank)))
@@ -149,10 +149,10 @@ def test_more_choices_than_are_fused(alone):
 def test_a_pool_that_changes_meanwhile(saved, pool_of):
     base, folder = saved()
     settings = Settings(str(pool_of(base)))
-    samples = check(settings, folder)
-    del samples["model.layers.1.mlp.up_proj"]
+    checked = check(settings, folder)
+    del checked.samples["model.layers.1.mlp.up_proj"]
     with pytest.raises(RoutingError, match=r"changed while vLLM started: model.layers.1.mlp.up_proj is new"):
-        Layers(settings, samples, lambda path: path)
+        Layers(settings, checked, lambda path: path, lambda: 16, "cpu")
 
 
 def test_a_pool_is_let_go_after_the_last_layer(alone):
@@ -180,7 +180,7 @@ def test_a_packed_pool_is_served_as_it_is(saved, pool_of):
 def test_a_module_that_no_layer_takes_is_refused(saved, pool_of):
     base, folder = saved()
     settings = Settings(str(pool_of(base)))
-    layers = Layers(settings, check(settings, folder), lambda path: path)
+    layers = Layers(settings, check(settings, folder), lambda path: path, lambda: 16, "cpu")
     for linear, _, _ in list(linears(base.model, 0, 1))[:-1]:
         layers.take(linear, MERGED)
     with pytest.raises(RoutingError, match=r"1 modules .* model.layers.1.mlp.down_proj among"):

@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.fingerprints import check_same_base
 from phatgoose.models.attach.modules import check_copies, module_at
+from phatgoose.models.attach.reference_text import calibrate
+from phatgoose.models.attach.site import setup_of
+from phatgoose.models.base.base import Base
 from phatgoose.models.base.fingerprint import fingerprint
+from phatgoose.models.base.load import find_source
 from phatgoose.models.base.without_weights import mapped_base
+from phatgoose.models.context.streams import Streams
 from phatgoose.models.moe.names import is_expert_path
-from phatgoose.vllm.layers import bind, prepare_router, sample
+from phatgoose.ops import backend
+from phatgoose.routers import Gander
+from phatgoose.routers.gander import Reading
+from phatgoose.vllm.layers import Checked, gates_at, low_rank_at, prepare_router, sample
 from phatgoose.vllm.settings import Settings
 
 
-def check(settings: Settings, base: str, revision: str | None = None) -> dict[str, tuple[float, ...]]:
+def check(settings: Settings, base: str, revision: str | None = None) -> Checked:
     """Refuses what can't be served, before vLLM loads anything.
+
+    Gander is shown the reference text here, by the base's first blocks in the dtype of its files.
 
     Args:
         base: the folder or Hub id that vLLM serves.
-
-    Returns: a few of the base's weights for each module that the pool adapts, by its path.
 
     Raises:
         PoolError, ExpertError: the pool is missing or damaged. BaseModelError: it is of another base, or the
@@ -47,10 +57,74 @@ def check(settings: Settings, base: str, revision: str | None = None) -> dict[st
                     "serve`, or adapters of the attention alone."
                 )
             module = module_at(modules, path, pool)
-            bind(pool, router, path)
+            candidates = low_rank_at(pool, path, router.offers_null)
+            if not isinstance(router, Gander):
+                gates_at(candidates, router)
             samples[path] = sample(module, path)
+        reading = None
+        if isinstance(router, Gander):
+            tokenizer = find_source(base, revision).tokenizer()
+            reading = _calibrated(router, pool, Base(model, tokenizer, base))
         pool.release_gates()
-        return samples
+        return Checked(samples, reading)
+
+
+@dataclass(frozen=True, eq=False)
+class _Read:
+    """A module that Gander reads, as `calibrate` takes it."""
+
+    path: str
+    module: nn.Module
+    embedding: bool = False
+
+
+def _calibrated(router: Gander, pool: Pool, base: Base) -> Reading:
+    """Gander for this pool, which was shown the reference text as `route` shows it."""
+    if base.is_encoder_decoder:
+        raise RoutingError(
+            "Gander can't be served by vLLM on an encoder–decoder: use `phatgoose serve`, or choose another router."
+        )
+    model = base.model
+    setup = setup_of(model, pool, Streams(model, remembers=True))
+    reading = Reading.of(router, setup)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    routers = [
+        (_Read(path, module_at(modules, path, pool)), reading.bind(low_rank_at(pool, path, False)))
+        for path in reading.read
+    ]
+    behind = {p: place.block for p, place in setup.places.items() if p not in reading.waiting}
+    next_block = min((block, path) for path, block in behind.items() if block is not None)[1]
+    with _ending_before(model, module_at(modules, next_block, pool)):
+        calibrate(base, routers, backend("auto"))
+    if router.doubt:
+        reading.least(None)  # found by what plain text gave, which is let go then
+    return reading
+
+
+class _Enough(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def _ending_before(model: nn.Module, module: nn.Module) -> Iterator[None]:
+    """Inside, a call of the model ends where the module would run: the rest isn't needed."""
+
+    def end(*_: object) -> None:
+        raise _Enough
+
+    whole = model.forward
+
+    def first_part(*args: object, **kwargs: object) -> None:
+        with contextlib.suppress(_Enough):
+            whole(*args, **kwargs)
+
+    hook = module.register_forward_pre_hook(end)
+    vars(model)["forward"] = first_part
+    try:
+        yield
+    finally:
+        hook.remove()
+        del vars(model)["forward"]
 
 
 @contextlib.contextmanager

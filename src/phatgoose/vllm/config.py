@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import get_current_vllm_config
+from vllm.config import CUDAGraphMode, get_current_vllm_config
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import (
     LinearBase,
@@ -24,13 +24,15 @@ from vllm.model_executor.layers.linear import (
     register_weight_loader_v2_supported_method,
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.platforms import current_platform
 
 from phatgoose.errors import RoutingError
 from phatgoose.experts.names import MANIFEST
 from phatgoose.files import sha256_file
 from phatgoose.ops import backend
-from phatgoose.vllm.layers import Layers
+from phatgoose.vllm.gander import KEY
+from phatgoose.vllm.layers import Checked, Layers
 from phatgoose.vllm.settings import METHOD, Settings
 from phatgoose.vllm.slices import Linear, Slice
 
@@ -50,6 +52,7 @@ class RoutedLinearMethod(UnquantizedLinearMethod):
         super().__init__()
         self._layers, self._config, self._prefix = layers, config, prefix
         self.slices: list[Slice] = []
+        self.routed = False
 
     def create_weights(
         self,
@@ -80,11 +83,12 @@ class RoutedLinearMethod(UnquantizedLinearMethod):
             )
         super().process_weights_after_loading(layer)  # which may pack the weight
         if made is not None:
+            self.routed = True
             layer.add_module(CHILD, made)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y = super().apply(layer, x, bias)
-        return getattr(layer, CHILD)(x, y) if self.slices else y
+        return getattr(layer, CHILD)(x, y) if self.routed else y
 
 
 def _describe(layer: LinearBase, prefix: str, held_in: int, held_out: list[int], d_in: int) -> Linear:
@@ -101,7 +105,7 @@ class PhatgooseConfig(QuantizationConfig):
     def __init__(self, settings: Settings | None = None):
         super().__init__()
         self.settings = Settings.parse({}) if settings is None else settings  # --quantization alone: no pool
-        self.samples: dict[str, tuple[float, ...]] | None = None
+        self.checked: Checked | None = None
         self._mappers: list[Any] = []
         self._layers: Layers | None = None
 
@@ -135,7 +139,7 @@ class PhatgooseConfig(QuantizationConfig):
 
         if current_platform.is_cpu():
             backend("cpu")  # compiled here, once, and not by every rank
-        self.samples = check(self.settings, model_name, revision)
+        self.checked = check(self.settings, model_name, revision)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self._mappers.append(hf_to_vllm_mapper)
@@ -149,6 +153,8 @@ class PhatgooseConfig(QuantizationConfig):
                 f"the pool adapts {path}, which is a {type(layer).__name__} in vLLM; only linear layers are "
                 "routed there."
             )
+        if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
+            layers.take_embedding(layer)
         return None
 
     def _open(self) -> Layers:
@@ -162,11 +168,22 @@ class PhatgooseConfig(QuantizationConfig):
                     "--additional-config of this platform can't hold an entry, which the pool needs there."
                 )
             config.additional_config[METHOD] = self._digest()
-            if self.samples is None:
+            if self.checked is None:
                 raise RoutingError(
                     "the pool was not checked against the base: this vLLM is not one that the plugin knows."
                 )
-            self._layers = Layers(self.settings, self.samples, self._renamed)
+            if self.checked.reading is not None:
+                _refuse_for_gander(config)
+            cache = config.cache_config
+            self._layers = Layers(
+                self.settings,
+                self.checked,
+                self._renamed,
+                lambda: cache.block_size,
+                current_platform.device_type,
+            )
+            if self._layers.gander is not None:
+                config.compilation_config.static_forward_context[KEY] = self._layers.gander
         return self._layers
 
     def _renamed(self, path: str) -> str:
@@ -190,3 +207,37 @@ def _refuse(config: Any) -> None:
         raise RoutingError(
             "--pipeline-parallel-size above 1 isn't supported with a pool. Use --tensor-parallel-size."
         )
+
+
+def _refuse_for_gander(config: Any) -> None:
+    """Refuses what hides from Gander which request a token belongs to, or what it has read, or was never tried."""
+    model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
+    kept_graphs = (
+        not current_platform.is_cpu() and config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE
+    )
+    found = {
+        "CUDA graphs: pass --enforce-eager": kept_graphs,
+        "speculative decoding: leave it out": config.speculative_config is not None,
+        "keys and values from elsewhere (--kv-transfer-config, --kv-offloading-size): leave it out": (
+            config.kv_transfer_config is not None
+        ),
+        "context parallelism: use --tensor-parallel-size": (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
+        ),
+        "micro-batches (--enable-dbo): leave it out": parallel.use_ubatching,
+        "layers that skip tokens (--kv-sharing-fast-prefill): leave it out": cache.kv_sharing_fast_prefill,
+        "embeddings in place of tokens (--enable-prompt-embeds): leave it out": model.enable_prompt_embeds,
+        "models that read images or sound": model.is_multimodal_model,
+        "encoder–decoders": model.is_encoder_decoder,
+        "models that don't generate": model.runner_type != "generate",
+        "models with layers other than attention to all tokens": (
+            model.is_hybrid or model.is_attention_free or model.get_sliding_window() is not None
+        ),
+    }
+    for what, is_there in found.items():
+        if is_there:
+            name, colon, instead = what.partition(": ")
+            raise RoutingError(
+                f"Gander can't be served by vLLM with {name}. "
+                f"{instead.capitalize() + ', or use' if colon else 'Use'} `phatgoose serve`, or choose another router."
+            )

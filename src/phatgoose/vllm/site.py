@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,35 +31,56 @@ class Shard:
     """A tensor → its sum over all ranks."""
 
 
-class RoutedSlice(nn.Module):
-    """Adds Σ w Δ(u) of one module of the pool to the part of its output that a rank holds.
+class StackSlice(nn.Module):
+    """The experts' updates at one module of the pool, for the part of its output that a rank holds.
 
     Args:
-        gates: standardised, float32 [E, d_in], of the whole input.
         stack: as the rank holds it: A [R, inputs it gets], B [R, outputs it has].
-        shard: None if the rank gets the whole input.
     """
 
-    gates: Tensor
-    sums: Tensor
     a: Tensor
     b: Tensor
     owners: Tensor
     scales: Tensor
 
-    def __init__(self, gates: Tensor, top_k: int, stack: Stack, device: torch.device, shard: Shard | None):
+    def __init__(self, stack: Stack, device: torch.device):
         super().__init__()
-        self.top_k, self.shard = min(top_k, stack.experts), shard
         # 0 asks for the CPU kernel, which has no use for it.
         self.widest = 0 if device.type == "cpu" else max(stack.ranks)
-        self.fused = shard is None and (device.type == "cpu" or self.top_k <= MOST_FUSED)
         tensors = {
-            "gates": gates,
             "a": stack.A,
             "b": stack.B,
             "owners": torch.tensor([stack.starts, stack.ranks], dtype=torch.int32),
             "scales": torch.tensor(stack.scales, dtype=torch.float32),
         }
+        self.keep(tensors, device)
+
+    def keep(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        for name, value in tensors.items():
+            self.register_buffer(name, value.detach().contiguous().to(device), persistent=False)
+
+    def rows(self) -> list[Tensor]:
+        """As the operators take them."""
+        return [self.a, self.b, self.owners, self.scales]
+
+
+class RoutedSlice(StackSlice):
+    """Adds Σ w Δ(u) of one module of the pool to the part of its output that a rank holds.
+
+    Args:
+        gates: standardised, float32 [E, d_in], of the whole input.
+        stack: as `StackSlice`.
+        shard: None if the rank gets the whole input.
+    """
+
+    gates: Tensor
+    sums: Tensor
+
+    def __init__(self, gates: Tensor, top_k: int, stack: Stack, device: torch.device, shard: Shard | None):
+        super().__init__(stack, device)
+        self.top_k, self.shard = min(top_k, stack.experts), shard
+        self.fused = shard is None and (device.type == "cpu" or self.top_k <= MOST_FUSED)
+        tensors = {"gates": gates}
         self.gate_names = ["gates"]
         if shard is not None:
             tensors["gates"] = gates[:, shard.columns.start : shard.columns.stop]
@@ -67,15 +88,14 @@ class RoutedSlice(nn.Module):
         elif device.type == "cpu":
             self.gate_names += ["codes", "facts"]
             tensors.update(zip(self.gate_names, kernel_gates(gates.contiguous()), strict=True))
-        for name, value in tensors.items():
-            self.register_buffer(name, value.detach().contiguous().to(device), persistent=False)
+        self.keep(tensors, device)
 
     def forward(self, u: Tensor, y: Tensor) -> Tensor:
         """y + Σ w Δ(u), a new tensor. u: [N, inputs this rank gets], y: [N, outputs it has].
 
         If the input is split, y is the rank's term of a sum over ranks, and so is the update.
         """
-        rows = [self.a, self.b, self.owners, self.scales]
+        rows = self.rows()
         if self.fused:
             gates = [getattr(self, name) for name in self.gate_names]
             return routed_update(u, y, gates, rows, self.top_k, self.widest)
@@ -93,7 +113,7 @@ class RoutedSlice(nn.Module):
 class RoutedLinear(nn.Module):
     """The routed modules in one layer, each with its own columns of the layer's output."""
 
-    def __init__(self, parts: Sequence[tuple[int, int, RoutedSlice]]):
+    def __init__(self, parts: Sequence[tuple[int, int, StackSlice]]):
         super().__init__()
         self.places = tuple((begin, end) for begin, end, _ in parts)
         self.parts = nn.ModuleList(part for _, _, part in parts)

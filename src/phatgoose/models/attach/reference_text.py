@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from phatgoose.errors import RoutingError
 from phatgoose.models.attach.hooks import Hooks, run_eagerly
-from phatgoose.models.attach.site import Site
 from phatgoose.models.base.base import Base, device_of, eval_mode
 from phatgoose.models.base.layers import first_argument
 from phatgoose.models.moe.expert_linear import ExpertLinear
@@ -38,7 +37,19 @@ def plain_passages() -> tuple[str, ...]:
     return tuple(tomllib.loads(text)["passages"])
 
 
-def calibrate(base: Base, routers: Sequence[tuple[Site, BoundRouter]], ops: Backend) -> None:
+class Read(Protocol):
+    """A module whose router needs the reference text, such as a `Site`."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def module(self) -> nn.Module: ...
+    @property
+    def embedding(self) -> bool:
+        """Whether the router reads the module's output instead of its input."""
+
+
+def calibrate(base: Base, routers: Sequence[tuple[Read, BoundRouter]], ops: Backend) -> None:
     """Shows each router what its module sees of the reference text. No routing may be attached to the model. Raises
     RoutingError as `show_reference` does, or if an expert of a mixture saw too few tokens of the text."""
     for site, router in routers:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from huggingface_hub import hf_hub_download
 from transformers import (
     AutoConfig,
@@ -92,10 +93,11 @@ class Source:
             )
         return model
 
-    def empty_model(self) -> PreTrainedModel:
-        """The model on the meta device, without values."""
+    def empty_model(self, buffers: bool = False) -> PreTrainedModel:
+        """The model on the meta device, without values. buffers: those have values, such as rotary frequencies."""
         config = self.config()
-        with self.explain("the modules"), torch.device("meta"):
+        empty = init_empty_weights(include_buffers=False) if buffers else torch.device("meta")
+        with self.explain("the modules"), empty:
             return model_class(config).from_config(config, trust_remote_code=False)
 
     @property

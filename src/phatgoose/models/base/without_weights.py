@@ -84,8 +84,8 @@ def _has_local_weights(source: Source) -> bool:
 def mapped_base(spec: str, revision: str | None = None) -> PreTrainedModel:
     """The model in its checkpoint's dtype, on the CPU, in eval mode. Weights are mapped from the files, read on use.
 
-    This is for reading a few values of a model of any size. If transformers must rename or change the checkpoint's
-    tensors, they can't be mapped; the base is then loaded into memory as by `load_base`.
+    This is for reading a few values of a model of any size, or for running a part of it. If transformers must rename or
+    change the checkpoint's tensors, they can't be mapped; the base is then loaded into memory as by `load_base`.
 
     A BaseModelError as by `load_base`, or if the weights are packed (AWQ, GPTQ, FP8, …).
     """
@@ -137,7 +137,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _mapped(source: Source, *, fetch: bool) -> PreTrainedModel:
-    model = source.empty_model()
+    model = source.empty_model(buffers=True)
     if getattr(model.config, "quantization_config", None) is not None:
         raise BaseModelError(
             f"{source.spec} is packed in 8 bits or fewer, but its original weights are needed. Take the unpacked base."
