@@ -16,7 +16,7 @@ import warnings
 
 import pytest
 import torch
-from engine import SECONDS, ask, compare, environment, options, ours
+from engine import SECONDS, ask, ask_often, compare, environment, options, ours
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from phatgoose.errors import BaseModelError, PoolError, RoutingError, UnknownName
@@ -101,10 +101,19 @@ def say(capsys, line):
 
 
 @pytest.mark.network
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_vllm_answers_as_route_does(default_base, default_pool, tmp_path, capsys, dtype, eager):
-    (model, prompts), router = default_base, "phatgoose:top_k=2"
+@pytest.mark.parametrize(
+    ("router", "dtype", "eager"),
+    [
+        *(
+            ("phatgoose:top_k=2", dtype, eager)
+            for dtype in ("float32", "bfloat16")
+            for eager in (True, False)
+        ),
+        ("gander", "float32", False),
+    ],
+)
+def test_vllm_answers_as_route_does(default_base, default_pool, tmp_path, capsys, router, dtype, eager):
+    model, prompts = default_base
     answers = ask(tmp_path, prompts, TOKENS, model, options(default_pool, router), dtype=dtype, eager=eager)
     assert isinstance(answers, list), answers[-3000:]
     written = [p + a["ids"] for p, a in zip(prompts, answers, strict=True)]
@@ -120,7 +129,7 @@ def test_vllm_answers_as_route_does(default_base, default_pool, tmp_path, capsys
     many = TOKENS * len(prompts)
     say(
         capsys,
-        f"{dtype} {'eager' if eager else 'compiled'}: relative error of logits {error:.1e} "
+        f"{router} {dtype} {'eager' if eager else 'compiled'}: relative error of logits {error:.1e} "
         f"(route's own in this dtype {own:.1e}, the bare base {base_error:.1e}), largest {worst:.1e}; "
         f"{many - len(gaps)} of {many} tokens are route's, the others' gaps {[round(g, 4) for g in gaps]}",
     )
@@ -148,6 +157,95 @@ def test_two_ranks_answer_as_one_model(tiny, tmp_path, capsys, eager):
     assert base_error > 0.02
     assert error < 1e-4
     assert all(gap <= 2 * worst for gap in gaps)
+
+
+TEMPLATE = (
+    "{% for m in messages %}</s>{{ m['role'] }}\n{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}</s>assistant\n{% endif %}"
+)
+
+
+def ids_of(length, seed):
+    return torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def of_unlike_lengths(base):
+    """Two calls; in the first two prompts begin alike for two blocks of 32, in the second another one does."""
+    shared = ids_of(70, 0)
+    first = [ids_of(4, 1), ids_of(1, 2), shared + ids_of(3, 3), shared + ids_of(9, 4), ids_of(90, 5)]
+    return [first, [shared + ids_of(5, 6)]]
+
+
+def of_chats(base):
+    """Conversations under a template, and other prompts with special tokens; all at once."""
+    told = [
+        base.tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+        )
+        for text in ("the cat sat on the mat " * 6, "hello", "user")
+    ]
+    others = [[1, 1, *ids_of(50, 1)], ids_of(60, 2), [*ids_of(61, 3), 1, *ids_of(3, 4)], ids_of(57, 5)]
+    return [[*(base.tokenizer(text)["input_ids"] for text in told), *others]]
+
+
+@pytest.mark.parametrize(
+    ("router", "calls_of", "tokens", "engine", "counted"),
+    [
+        ("gander:layers=2,top_k=2", of_unlike_lengths, 20,
+         {"enable_prefix_caching": True, "block_size": 32, "max_num_batched_tokens": 48, "max_num_seqs": 4},
+         "vllm:prefix_cache_hits"),
+        ("gander:doubt=true", of_unlike_lengths, 20,
+         {"eager": False, "enable_prefix_caching": True, "block_size": 32}, "vllm:prefix_cache_hits"),
+        ("gander:layers=2,doubt=true,top_k=2", of_chats, 60,
+         {"block_size": 32, "max_num_batched_tokens": 40, "max_model_len": 128, "num_gpu_blocks_override": 9,
+          "max_num_seqs": 6}, "vllm:num_preemptions"),
+        ("gander", of_unlike_lengths, 20, {"ranks": 2}, None),
+    ],
+    ids=["cached-and-in-pieces", "cached-and-compiled", "preempted-chats", "two-ranks"],
+)  # fmt: skip
+def test_gander_answers_as_in_transformers(
+    tiny, tokenizer, tmp_path, capsys, router, calls_of, tokens, engine, counted
+):
+    tokenizer.chat_template = TEMPLATE
+    model, pool, base = tiny(num_hidden_layers=4)
+    calls = calls_of(base)
+    said = ask_often(tmp_path, calls, tokens, model, options(pool, router), **engine)
+    assert isinstance(said, dict), said[-3000:]
+    answers, prompts = said["answers"], [p for call in calls for p in call]
+    written = [p + a["ids"] for p, a in zip(prompts, answers, strict=True)]
+    error, worst, gaps = compare(answers, prompts, ours(model, pool, router, written))
+    base_error, _, _ = compare(answers, prompts, ours(model, None, "", written))
+    counts = said["counts"].get(counted)
+    say(
+        capsys,
+        f"{router} {engine}: relative error {error:.1e} (the bare base {base_error:.1e}), gaps {gaps}, "
+        f"{counted} {counts}",
+    )
+    assert base_error > 0.02
+    assert error < 1e-4
+    assert all(gap <= 2 * worst for gap in gaps)
+    assert counted is None or counts > 0  # what is tested did happen
+
+
+@pytest.mark.parametrize(
+    ("others", "what"),
+    [
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}}, "specul"),
+        ({"kv_offloading_size": 1.0}, "keys and values from elsewhere"),
+        ({"enable_prompt_embeds": True}, "embeddings in place of tokens"),
+    ],
+    ids=["speculative", "offloading", "embeddings"],
+)  # fmt: skip
+def test_what_hides_requests_from_gander_is_refused(tiny, others, what):
+    from vllm.config import set_current_vllm_config
+
+    model, pool, _ = tiny()
+    config = engine_config(model, options(pool, "gander"), **others)
+    with (
+        set_current_vllm_config(config),
+        pytest.raises(RoutingError, match=f"Gander can't be served by vLLM with {what}.*phatgoose serve"),
+    ):
+        config.quant_config._open()
 
 
 def engine_config(model, overrides, **others):
