@@ -21,6 +21,7 @@ from phatgoose.ops import backend
 from phatgoose.ops.cpu import build
 from phatgoose.routers import parse_router
 from phatgoose.routers.context import PassMemory, Sequences
+from phatgoose.routers.router import Candidates
 from phatgoose.vllm import gander
 from phatgoose.vllm.check import check
 from phatgoose.vllm.layers import Layers
@@ -48,6 +49,11 @@ def served(make_base, make_expert, tmp_path):
         return folder, settings, pickle.loads(pickle.dumps(check(settings, folder)))
 
     return make
+
+
+def everybody(reading):
+    members = tuple(range(reading.experts))
+    return Candidates("there", tuple(map(str, members)), members, (), 0)
 
 
 def context_of(given):
@@ -206,7 +212,7 @@ def test_requests_in_pieces_are_read_as_whole_texts(served, router, seed):
         whole.append(run.whole_pool.in_whole_pass(inputs[path][i], memory, backend("auto")))
     assert len({tuple(c.chosen[-1].tolist()) for c in whole}) > 1
     pager, steps, checks = Pager(texts, seed), 0, 0
-    run.by_expert["elsewhere"] = (*range(reading.experts), -1)
+    run.acting["elsewhere"] = everybody(reading)
     while pager.done != [len(t) for t in texts] and (steps := steps + 1) < 500:
         step = pager.step()
         if not step:
@@ -239,7 +245,7 @@ def _vector(text, path):
 def test_nothing_is_kept_while_vllm_warms_up(served):
     _, settings, checked = served("gander")
     run = gander.GanderRun(checked.reading, Pool.load(settings.pool).names, lambda: SIZE, "cpu")
-    run.by_expert["there"] = (*range(checked.reading.experts), -1)
+    run.acting["there"] = everybody(checked.reading)
     context = context_of(None)
     now, u = run.running(context), torch.randn(6, 32)
     now.see(torch.arange(6))
@@ -251,7 +257,7 @@ def test_nothing_is_kept_while_vllm_warms_up(served):
 def test_what_hides_tokens_is_refused(served):
     _, settings, checked = served("gander")
     run = gander.GanderRun(checked.reading, Pool.load(settings.pool).names, lambda: SIZE, "cpu")
-    run.by_expert["there"] = (*range(checked.reading.experts), -1)
+    run.acting["there"] = everybody(checked.reading)
     context = context_of(metadata([([3], 0, 3)]))
     with pytest.raises(RoutingError, match="hasn't seen the ids"):
         run.running(context).read(PATH, torch.randn(3, 32))

@@ -38,9 +38,8 @@ class GanderRun:
         # As at a module that every expert adapts.
         self.whole_pool = reading.bind(Candidates("", names, tuple(range(reading.experts)), (), 0))
         self.kept = BlockStates(reading.experts + 2)
-        self.by_expert: dict[str, tuple[int, ...]] = {}
-        """For each module at which experts act: the candidate that each expert of the pool is there, and −1 for nobody,
-        [experts + 1]."""
+        self.acting: dict[str, Candidates] = {}
+        """The candidates at each module at which experts act."""
         self._pass: _Pass | None = None
 
     def running(self, context: Any) -> _Pass:
@@ -66,7 +65,7 @@ class _Pass:
         self.owner, self.step, self.context = owner, step, weakref.ref(context)
         self._memory: PassMemory | None = None
         self._choice: Choice | None = None
-        self._here: dict[tuple[int, ...], Choice] = {}
+        self._here: dict[object, Choice] = {}
         """The choice as it is at modules with the same candidates."""
 
     def see(self, ids: Tensor) -> None:
@@ -78,8 +77,10 @@ class _Pass:
                 f"vLLM embeds {list(ids.shape)} tokens in a step of {step.tokens}: Gander can't route this model."
             )
         positions = torch.cat([torch.arange(r.first, r.first + r.tokens) for r in step.requests])
-        real = torch.ones(1, step.tokens, dtype=torch.bool)
-        tokens = Sequences(ids[None, : step.tokens].cpu().long(), positions[None], real)
+        own = ids[: step.tokens].long().clone()
+        tokens = Sequences(
+            own[None], positions[None].to(ids.device), torch.ones_like(own, dtype=torch.bool)[None]
+        )
         self._memory = PassMemory(tokens, previous=lambda: None)
 
     def read(self, path: str, u: Tensor) -> None:
@@ -94,11 +95,10 @@ class _Pass:
             self._check(path, u, self.step)
         if self._choice is None:
             self._choice = self._choose(u)
-        by_expert = self.owner.by_expert[path]
-        if (known := self._here.get(by_expert)) is None:
-            # Nobody, −1, finds the last entry.
-            table = torch.tensor(by_expert, device=u.device)
-            known = self._here[by_expert] = Choice(table[self._choice.chosen], self._choice.weights)
+        places = self.owner.reading.places(self.owner.acting[path])
+        if (known := self._here.get(places)) is None:
+            here = places.here(self._choice.chosen)
+            known = self._here[places] = Choice(here, self._choice.weights)
         return known
 
     def _choose(self, u: Tensor) -> Choice:
@@ -114,6 +114,7 @@ class _Pass:
                     rows = torch.cat([torch.arange(r.begin, r.begin + r.tokens) for r in some]).to(u.device)
                     found = self._choose_for(some, rows, u)
                     chosen[rows], weights[rows] = found.chosen, found.weights
+            self._known().notes.clear()  # as large as what was summed
         return Choice(chosen, weights)
 
     def _choose_for(self, requests: Sequence[Request], rows: Tensor, u: Tensor) -> Choice:

@@ -164,7 +164,7 @@ class Layers:
         stack, *_ = stacked(self._pool, candidates, (d_in, part.d_out), weight.dtype)
         stack = shard_stack(stack, had, part.rows, d_in, part.d_out)
         if self.gander is not None:
-            self.gander.by_expert[path] = (*candidates.by_expert().tolist(), -1)
+            self.gander.acting[path] = replace(candidates, gates=(), updates=())  # which would stay in memory
             return ActingSlice(path, stack, device)
         shard = Shard(linear.rank, linear.ranks, had, d_in, all_reduce) if linear.splits_input else None
         return RoutedSlice(*gates_at(candidates, self._router), stack, device, shard)
