@@ -22,7 +22,7 @@ class Settings:
     pool: str
     """The pool's folder, or the name of one that comes with phatgoose."""
     router: str = "phatgoose:top_k=2"
-    """As on phatgoose's command line; a router that chooses by gates."""
+    """As on phatgoose's command line: Gander, or a router that chooses by gates."""
     any_base: bool = False
     """Serve a base that the pool's experts were not trained on, as `route(any_base=True)`."""
 
