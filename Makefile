@@ -63,7 +63,7 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	$(VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm.txt --editable . pytest
 	touch $@
 
-vllm: $(VLLM)/.installed ## vLLM on CPUs in .venv-vllm, and whether it answers as route does (half an hour on two cores)
+vllm: $(VLLM)/.installed ## vLLM on CPUs in .venv-vllm, and whether it answers as route does (over a quarter of an hour on two cores)
 	$(VLLM)/bin/python -m pytest tests/vllm/test_engine.py
 
 lint: $(STAMP) ## ruff and mypy

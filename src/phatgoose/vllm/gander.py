@@ -1,4 +1,4 @@
-"""Gander in one process of vLLM: it sums up each request's evidence, and keeps the sums beside the key-value cache."""
+"""Gander in one process of vLLM: the evidence of each request, kept beside the key-value cache."""
 
 from __future__ import annotations
 

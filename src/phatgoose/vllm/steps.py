@@ -1,4 +1,4 @@
-"""Which requests a step of vLLM continues, and what is kept of each of them beside the key-value cache."""
+"""Which requests a step of vLLM continues, and what is kept of each beside the key-value cache."""
 
 from __future__ import annotations
 
