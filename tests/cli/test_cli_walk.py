@@ -171,12 +171,12 @@ def test_training_goes_on_from_what_was_kept(run, base, task, tmp_path, monkeypa
 
 def test_pool_list_add_remove(ready, run, tmp_path):
     folder, out = ready
-    assert "2 experts: one, two" in out["pool"].out
+    assert "2 experts; 2 of 2 were taken" in out["pool"].out
     Pool.load(folder / "pool").save(tmp_path / "pool")
     pool = tmp_path / "pool"
     added = run("pool", "add", pool, folder / "two", "--name", "three")
     assert added.code == 0, added.err
-    assert "three: has no gates" in added.err
+    assert "2 of 3 have them" in added.out
     assert "the same adapter twice" in added.err
     lines = run("pool", "list", pool).out.splitlines()
     assert lines[0].split() == [

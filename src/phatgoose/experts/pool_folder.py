@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, PoolError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.manifest import base_of, lock, opened, read_manifest
 from phatgoose.experts.names import MANIFEST
@@ -41,6 +42,36 @@ def add_to_folder(folder: str | Path, expert: Expert) -> None:
         else:
             write_json(folder / MANIFEST, {**manifest, "experts": [*entries, entry]})
         write_description(folder, read_manifest(folder))
+
+
+def replace_in_folder(folder: str | Path, expert: Expert) -> None:
+    """Puts an expert in the place of the one of its name in a pool on disk. A killed process leaves one of the two.
+
+    Raises:
+        PoolError: the pool is packed, or the expert doesn't go with the others. UnknownName: there is none of this
+            name. BaseModelError: it is of another base.
+    """
+    folder = Path(folder)
+    with lock(folder):
+        manifest = read_manifest(folder)
+        refuse_packed(folder, manifest)
+        entries = manifest["experts"]
+        if expert.name not in (names := [e["name"] for e in entries]):
+            raise unknown("expert", expert.name, names)
+        there = Pool.load(folder, verify=False)
+        pool = there.of([expert if e.name == expert.name else e for e in there.experts])
+        entry = place_expert(folder, expert, entries)
+        changed = [entry if e["name"] == expert.name else e for e in entries]
+        write_pool(folder, {**manifest, "base": pool.base_record, "experts": changed}, before=entries)
+
+
+def refuse_packed(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Raises PoolError if a pool is packed, whose experts can't be changed one by one."""
+    if "packed" in manifest:
+        raise PoolError(
+            f"{folder} is packed, and its experts can't be changed: unpack it first, with `phatgoose pool unpack "
+            f"{folder}`."
+        )
 
 
 def record_base(folder: str | Path, base: Fingerprint | str) -> None:

@@ -119,22 +119,30 @@ def save_onto(target: Path, made: Expert, before: Expert | None, part: str, work
         part: what is new, "gate" or "signature".
     """
     if (now := existing_expert(target)) is not None:
-        if before is None or not (
-            all_identical(now.tensors, before.tensors) and _same_part(now, before, part)
-        ):
-            raise ExpertError(
-                f"{target} was changed while its {part} was made, and isn't replaced. The result is in {work}: run "
-                f"the same command again with another --out and --work {work}."
-            )
-        if all_identical(now.tensors, made.tensors):  # else it is another expert, to be replaced
-            if part == "gate":
-                assert made.gates is not None
-                made = now.with_gates(made.gates, made.provenance["gate"])
-            else:
-                assert made.signature is not None
-                made = now.with_signature(made.signature, made.provenance["signature"])
+        where = f"The result is in {work}: run the same command again with another --out and --work {work}."
+        made = merged(target, now, made, before, part, where)
     made.save(target)
     return made
+
+
+def merged(
+    target: Path, now: Expert, made: Expert, before: Expert | None, part: str, where: str = ""
+) -> Expert:
+    """The expert that is there by `now`, with what was `made`. Arguments as for `save_onto`.
+
+    Args:
+        where: what to do if `now` isn't what was there `before`, for the refusal (an ExpertError).
+    """
+    if before is None or not (all_identical(now.tensors, before.tensors) and _same_part(now, before, part)):
+        said = f"{target} was changed while its {part} was made, and isn't replaced. {where}"
+        raise ExpertError(said.rstrip())
+    if not all_identical(now.tensors, made.tensors):  # it is another expert, to be replaced
+        return made
+    if part == "gate":
+        assert made.gates is not None
+        return now.with_gates(made.gates, made.provenance["gate"])
+    assert made.signature is not None
+    return now.with_signature(made.signature, made.provenance["signature"])
 
 
 def _same_part(a: Expert, b: Expert, part: str) -> bool:

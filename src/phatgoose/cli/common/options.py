@@ -66,6 +66,20 @@ ChatOption = Annotated[
 ]
 PromptArgument = Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")]
 ExpertArgument = Annotated[Path, typer.Argument(help="The expert's folder; a plain PEFT folder will do.")]
+ExpertsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="The expert's folder; a plain PEFT folder will do. With --pool: names of experts in it, all if none is "
+        "given."
+    ),
+]
+TasksOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help=f"{TASK_HELP} With --pool: NAME=SPEC is one expert's, may be given several times, and a TOML file has "
+        "lines NAME = SPEC; without a task, each expert's own record says which."
+    ),
+]
 ExpertOutOption = Annotated[
     Path | None, typer.Option(help="Where the result goes; into the expert's own folder if not given.")
 ]
@@ -156,6 +170,19 @@ class RunOptions(Options):
     def row_limit(self) -> dict[SplitName, int] | None:
         """What `load_task` takes as its limit."""
         return None if self.limit_train is None else {"train": self.limit_train}
+
+
+@dataclass(frozen=True)
+class WholePoolOptions(Options):
+    """A run over the experts of a pool."""
+
+    PANEL = "For the experts of a pool"
+
+    pool: Path | None = None
+    """The pool's folder: its experts are done one after the other, with one load of the base, and written back. If one
+    fails, the others are done."""
+    missing: bool = False
+    """Only the experts that have none yet."""
 
 
 @dataclass(frozen=True)

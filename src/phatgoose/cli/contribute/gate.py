@@ -5,46 +5,53 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 import phatgoose
 from phatgoose.cli.common.expand import expand_options
 from phatgoose.cli.common.options import (
-    TASK_HELP,
-    ExpertArgument,
     ExpertBaseOptions,
     ExpertOutOption,
+    ExpertsArgument,
     RunOptions,
+    TasksOption,
+    WholePoolOptions,
     WritingOptions,
 )
 from phatgoose.cli.measure import show
-from phatgoose.errors import TaskError
+from phatgoose.errors import ExpertError, TaskError
 from phatgoose.files import sha256_json
 from phatgoose.training.config import GateConfig, WritingConfig
 
 
 @expand_options
 def command(
-    expert: ExpertArgument,
     base: ExpertBaseOptions,
     run: RunOptions,
+    whole: WholePoolOptions,
     writing: WritingOptions,
     config: GateConfig,
-    task: Annotated[str | None, typer.Option(help=f"{TASK_HELP} Not with --generated.")] = None,
+    experts: ExpertsArgument = None,
+    task: TasksOption = None,
     out: ExpertOutOption = None,
 ) -> None:
     """Train an expert's gates: for each module one vector that says which tokens the expert should act on.
 
     Base and expert stay as they are. Use the rows that the expert was trained on. If they aren't available, use
-    --generated (texts are sampled with --seed). If it is stopped, the same command continues.
+    --generated (texts are sampled with --seed). With --pool, the experts of a pool get theirs one after the other. If
+    it is stopped, the same command continues.
     """
+    if whole.pool is not None:
+        _over_pool(whole, experts, task, base, run, writing, config, out)
+        return
     from phatgoose.cli.common import folders
     from phatgoose.cli.common.loading import load_for
+    from phatgoose.cli.common.whole_pool import one_expert, one_task
     from phatgoose.experts.files.safetensors_file import all_identical
-    from phatgoose.training.gate import train_gate
 
+    expert, spec = one_expert(experts), one_task(task)
     target = out or expert
     folders.check_target(target, keeps_card=target == expert)
     work, taken = run.work_folder(target), folders.taken(target, "other gates or another expert")
@@ -54,27 +61,83 @@ def command(
         gated = before or source
         if not run.overwrite and not all_identical(source.tensors, gated.tensors):
             raise taken
-        texts = _wanted_texts(writing, run, task, config.seed)
-        rows = None if task is None else phatgoose.load_task(task, limit=run.row_limit)
-        # Checked twice: before the base is loaded, which takes long, as far as the record tells; then in full.
-        record = gated.provenance.get("gate", {})
+        texts = _wanted_texts(writing, run, spec is not None, config.seed)
+        rows = None if spec is None else phatgoose.load_task(spec, limit=run.row_limit)
+        # Checked before the base is loaded, which takes long, as far as the record tells; then in full.
         finished = gated.gates is not None and not run.overwrite
-        same_texts = texts is None or texts.made(record)
-        if finished and not (same_texts and folders.made_so(record, None, rows, config)):
+        if finished and not _made_so(gated, None, rows, texts, config):
             raise taken
         model = load_for(phatgoose.Pool([source]), base)
-        if finished and not folders.made_so(record, model, rows, config):
+        if finished and not _made_so(gated, model, rows, texts, config):
             raise taken
         if finished:
             show.say(f"{target} has these very gates, finished before.")
         else:
-            rows = texts.task(model, source, work) if texts else rows
-            assert rows is not None
-            gated = train_gate(model, source, rows, config, work_folder=work)
+            gated = _trained(model, source, rows, texts, config, work)
             if not folders.is_main_process():
                 return
             gated = folders.save_onto(target, gated, before, "gate", work)
         _summary(gated, target)
+
+
+def _over_pool(
+    whole: WholePoolOptions,
+    names: list[str] | None,
+    tasks: list[str] | None,
+    base: ExpertBaseOptions,
+    run: RunOptions,
+    writing: WritingOptions,
+    config: GateConfig,
+    out: Path | None,
+) -> None:
+    """The gates of a pool's experts."""
+    from phatgoose.cli.common.whole_pool import over_pool
+
+    if out is not None:
+        raise typer.BadParameter("gates of a pool's experts are written into the pool.", param_hint="--out")
+    texts = _wanted_texts(writing, run, bool(tasks) or not writing.generated, config.seed)
+
+    def make(
+        model: phatgoose.Base, expert: phatgoose.Expert, rows: phatgoose.Task | None, work: Path
+    ) -> phatgoose.Expert | None:
+        if expert.gates is None or run.overwrite:
+            return _trained(model, expert, rows, texts, config, work)
+        if _made_so(expert, model, rows, texts, config):
+            return None
+        raise ExpertError(
+            "it has other gates already: replace them with --overwrite, or leave it out with --missing."
+        )
+
+    over_pool(whole, names, tasks, "gate", run, base, make, without_task=texts is not None)
+
+
+def _made_so(
+    expert: phatgoose.Expert,
+    base: phatgoose.Base | None,
+    rows: phatgoose.Task | None,
+    texts: WantedTexts | None,
+    config: GateConfig,
+) -> bool:
+    """Whether an expert's gates were made so; without a base, as far as the record tells."""
+    from phatgoose.cli.common import folders
+
+    record = expert.provenance.get("gate", {})
+    return (texts is None or texts.made(record)) and folders.made_so(record, base, rows, config)
+
+
+def _trained(
+    base: phatgoose.Base,
+    expert: phatgoose.Expert,
+    rows: phatgoose.Task | None,
+    texts: WantedTexts | None,
+    config: GateConfig,
+    work: Path,
+) -> phatgoose.Expert:
+    from phatgoose.training.gate import train_gate
+
+    rows = texts.task(base, expert, work) if texts else rows
+    assert rows is not None
+    return train_gate(base, expert, rows, config, work_folder=work)
 
 
 def _summary(expert: phatgoose.Expert, target: Path) -> None:
@@ -120,11 +183,9 @@ class WantedTexts:
         return task
 
 
-def _wanted_texts(
-    options: WritingOptions, run: RunOptions, task: str | None, seed: int
-) -> WantedTexts | None:
-    """The texts that the options ask for; None if they name a task."""
-    if options.generated == (task is not None):
+def _wanted_texts(options: WritingOptions, run: RunOptions, by_task: bool, seed: int) -> WantedTexts | None:
+    """The texts that the options ask for; None if it is a task that is trained on."""
+    if options.generated == by_task:
         raise typer.BadParameter("give the expert's --task, or --generated if its data are not at hand.")
     config = WritingConfig(
         rows=options.texts, max_new_tokens=options.text_tokens, temperature=options.temperature, seed=seed
