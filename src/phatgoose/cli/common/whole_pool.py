@@ -1,4 +1,4 @@
-"""What gate and signature do for the experts of a pool: one after the other, with one load of the base."""
+"""gate and signature for a whole pool: one expert after the other, with one load of the base."""
 
 from __future__ import annotations
 
