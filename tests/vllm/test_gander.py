@@ -75,7 +75,7 @@ def test_layers_compute_what_route_does(served, monkeypatch, router, ranks):
     model = route(base, Pool.load(settings.pool), parse_router(router), backend_name="reference")
     for site in routing_of(model).sites:  # what it has observed is what `route` has
         if (reader := checked.reading.readers.get(site.path)) is not None:
-            one, other = reader.calibrated, site.router.calibrated
+            (one,), (other,) = reader.evidence, site.router.evidence
             assert torch.equal(one.sums, other.sums)
             assert torch.equal(one.span_norms.rows, other.span_norms.rows)
             assert torch.equal(one.span_norms.mean, other.span_norms.mean)

@@ -237,6 +237,12 @@ class Reading:
             return reader
         return _Waiting() if candidates.path in self.waiting else _Follower(self, candidates)
 
+    def release(self) -> None:
+        """Lets go of experts' updates and mean prompts, which only observing text needs."""
+        self.prompts = None
+        for reader in self.readers.values():
+            reader.read = replace(reader.read, gates=(), updates=())
+
     def evidence(self, memory: PassMemory) -> Tensor:
         """L of the pass's tokens, float32 [B, T, experts]; of an encoder's pass [B, 1, experts]. −∞ before the text.
 

@@ -13,7 +13,7 @@ from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.fingerprints import check_same_base
 from phatgoose.models.attach.modules import check_copies, module_at
-from phatgoose.models.attach.reference_text import calibrate
+from phatgoose.models.attach.reference_text import Enough, calibrate
 from phatgoose.models.attach.site import setup_of
 from phatgoose.models.base.base import Base
 from phatgoose.models.base.fingerprint import fingerprint
@@ -94,37 +94,18 @@ def _calibrated(router: Gander, pool: Pool, base: Base) -> Reading:
     ]
     behind = {p: place.block for p, place in setup.places.items() if p not in reading.waiting}
     next_block = min((block, path) for path, block in behind.items() if block is not None)[1]
-    with _ending_before(model, module_at(modules, next_block, pool)):
-        calibrate(base, routers, backend("auto"))
+    end = module_at(modules, next_block, pool).register_forward_pre_hook(_end)
+    calibrate(base, routers, backend("auto"))
+    end.remove()
     if router.doubt:
         reading.least(None)  # found by what plain text gave, which is let go then
+    reading.release()
     return reading
 
 
-class _Enough(Exception):
-    pass
-
-
-@contextlib.contextmanager
-def _ending_before(model: nn.Module, module: nn.Module) -> Iterator[None]:
-    """Inside, a call of the model ends where the module would run: the rest isn't needed."""
-
-    def end(*_: object) -> None:
-        raise _Enough
-
-    whole = model.forward
-
-    def first_part(*args: object, **kwargs: object) -> None:
-        with contextlib.suppress(_Enough):
-            whole(*args, **kwargs)
-
-    hook = module.register_forward_pre_hook(end)
-    vars(model)["forward"] = first_part
-    try:
-        yield
-    finally:
-        hook.remove()
-        del vars(model)["forward"]
+def _end(*_: object) -> None:
+    """A forward pre-hook on a module that needn't run."""
+    raise Enough
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tomllib
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -26,6 +27,11 @@ PIECE = 64
 """Tokens in a piece. The text is read in pieces of equal length, without padding, that fit into any context."""
 
 Observer = Callable[[Tensor], None]
+
+
+class Enough(Exception):
+    """Raised by a hook, it ends a pass of `show` whose rest nobody needs."""
+
 
 TEXT: str = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))["text"]
 
@@ -103,7 +109,7 @@ def show(model: PreTrainedModel, ids: Tensor, observers: Sequence[tuple[nn.Modul
     # The head's logits of thousands of tokens may take gigabytes.
     inside = set(model.base_model.modules())
     whole = model if any(module not in inside for module, _, _ in observers) else model.base_model
-    with Hooks(_watched(*observer) for observer in observers), eval_mode(model):
+    with Hooks(_watched(*observer) for observer in observers), eval_mode(model), contextlib.suppress(Enough):
         whole(**inputs)
 
 
