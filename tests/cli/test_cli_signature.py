@@ -44,7 +44,7 @@ def test_a_signature_goes_beside_the_expert(signed, ready):
     assert expert.signature.encoder == "encoder"
     assert expert.hash == Expert.load(ready[0] / "one").hash
     assert Expert.load(ready[0] / "one").signature is None
-    assert "mean activations of 6 rows, 8 texts embedded by encoder" in out["one"].out
+    assert "mean activations of 6 rows and their prompts, 8 texts embedded by encoder" in out["one"].out
     assert not (folder / "one.work").exists()
 
 

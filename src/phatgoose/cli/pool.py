@@ -138,8 +138,8 @@ def add(
     new = made.pool.experts[len(there or ()) :]
     for expert in new:
         add_to_folder(pool, expert)
-    names = {expert.name for expert in new}
-    _warn_by_kind(w for w in made.warned() if w.name in names or DIFFERENT_BASES in w.text)
+    about = (DIFFERENT_BASES, *(expert.name for expert in new))
+    _warn_by_kind(w for w in made.warned() if any(text in str(w) for text in about))
     _summary(pool, made, len(found) + len(left_out), new)
 
 
