@@ -338,7 +338,9 @@ def gander_floors(
     """The least that Gander costs at a step: as many rows as it compares (counted in bfloat16), and one expert for each
     sequence behind them."""
     sites = [s for s in routing.sites if s.path in paths]
-    scored = sum(s.router.calibrated.span_norms.rows.numel() for s in sites if s.router.needs_reference)
+    evidence = [one for s in sites if s.router.needs_reference for one in s.router.evidence]
+    compared = [x for one in evidence for x in (one.gates, one.span_norms and one.span_norms.rows)]
+    scored = sum(rows.numel() for rows in compared if rows is not None)
     acting = sum(s.stack.ranks[0] * (s.stack.A.shape[1] + s.stack.B.shape[1]) for s in sites if s.router.acts)
     return {
         "byte_floor": 1 + 2 * (scored + rows_of_batch * acting) / base_bytes,
