@@ -20,8 +20,8 @@ PINS = ["--constraint", str(ROOT / "constraints.txt")]
 
 # The extra, GB to fetch and GB on disk: as measured on Linux with torch for CPUs.
 PACKAGES = {"quickstart": ("serve", 0.3, 1.6), "dev": ("dev", 0.9, 3.4)}
-# What torch's CUDA libraries add: the size of their wheels, and an estimate of what they unpack to.
-CUDA_FETCHED, CUDA_KEPT = 2.6, 5.0
+# What torch adds that comes with CUDA: the size of the wheels, and what they unpack to.
+CUDA_FETCHED, CUDA_KEPT = 2.6, 3.4
 # What the quickstart fetches (93 and 358 MB), and its size in the cache: the base in float32; BIG-bench and its tasks.
 DATA = {"bases/smollm2-135m-instruct-q4-*": (0.1, 0.6), "bigbench/*": (0.4, 0.8)}
 RESULTS = 0.3
@@ -35,7 +35,7 @@ def main() -> None:
     if brings_cuda(uv):
         fetched, kept = fetched + CUDA_FETCHED, kept + CUDA_KEPT
         print(
-            "torch brings its CUDA libraries here: 5 GB that a build for CPUs does without. uv looks for the right one."
+            "torch brings CUDA libraries here: 3.4 GB that a build for CPUs does without. uv looks for the right one."
         )
     there = sum(path.lstat().st_size for path in VENV.rglob("*")) / GB
     missing = max(0.0, kept - there)
