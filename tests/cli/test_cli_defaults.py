@@ -18,6 +18,7 @@ from phatgoose.cli.common.options import DEFAULT_BASE, BaseOptions
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import routing_of
+from phatgoose.models.attach import fitting
 from phatgoose.models.attach.fitting import fit_router
 from phatgoose.models.attach.options import RouteOptions
 from phatgoose.models.base.base import Base
@@ -208,6 +209,17 @@ def test_the_router_fits_what_the_pool_holds(ready, plain, base):
         fit = fit_router(model, Pool(experts), options)
         assert (fit.text, words in fit.why) == (router, True), fit
         assert routing_of(model) is None
+
+
+def test_with_a_transformers_whose_caches_keep_nothing_it_goes_by_single_tokens(
+    make_base, make_expert, monkeypatch
+):
+    base = make_base("llama")
+    pool = Pool([make_expert(base, name, seed=i) for i, name in enumerate("ab")])
+    assert fit_router(base, pool).text == "gander"
+    monkeypatch.setattr(fitting, "DummyLayer", None)
+    fit = fit_router(base, pool)
+    assert (fit.text, "transformers before 5.23" in fit.why) == ("lag", True)
 
 
 def replace_layers(expert, part):

@@ -18,6 +18,7 @@ from phatgoose.models.attach.options import RouteOptions
 from phatgoose.models.attach.site import placed_pool, setup_of
 from phatgoose.models.base.base import Base, known_base, unwrap_model
 from phatgoose.models.base.layers import first_argument
+from phatgoose.models.context.memory import DummyLayer
 from phatgoose.models.context.streams import Streams
 from phatgoose.models.moe.expert_linear import ExpertLinear
 from phatgoose.models.text.generate import answer_settings, run_generate
@@ -53,6 +54,8 @@ def fit_router(
         other = "--device-memory is for routers that choose by gates"
     elif inside is not None and shared:
         sequences = f"{inside} is inside a mixture's experts, where requests can't be told apart"
+    elif DummyLayer is None:
+        sequences = "transformers before 5.23 has no cache that keeps what was read"
     elif base is not None:
         sequences = _why_no_sequences(base, {path: modules[path] for path in placed.modules}, streams)
     return fitting_router(setup_of(bare, placed, streams), Obstacles(sequences, other))
