@@ -17,8 +17,8 @@ from phatgoose.cli.common import loading
 from phatgoose.cli.common.options import DEFAULT_BASE, BaseOptions
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from phatgoose.models.attach.attach import routing_of
 from phatgoose.models.attach import fitting
+from phatgoose.models.attach.attach import routing_of
 from phatgoose.models.attach.fitting import fit_router
 from phatgoose.models.attach.options import RouteOptions
 from phatgoose.models.base.base import Base
