@@ -26,6 +26,23 @@ def test_page_and_picture_are_the_results_own(results):
     assert picture == plot(results)
 
 
+def test_admission_is_shown_where_no_task_is_left_to_compare(results):
+    gains = {"mean": 0.5, "gain": 0.01, "low": -0.1, "high": 0.1}
+    found = {
+        "rows": 200,
+        "base": 0.5,
+        "own": gains,
+        "sisters": {},
+        "sister": None,
+        "admitted": False,
+        "why": "",
+    }
+    suite = results["suites"]["t0ho"] | {"common_tasks": [], "admission": {"alone": found}}
+    page = markdown({**results, "suites": {"t0ho": suite}})
+    assert "No task was measured with every system.\n\n### t0ho: not admitted\n\n" in page
+    assert "| alone | 200 | 0.500 |" in page
+
+
 def test_later_code_gave_the_same_scores_again(results):
     (path,) = (ROOT / "benchmarks" / "results").glob("bigbench-t0-seeds-*.json")
     again = json.loads(path.read_text(encoding="utf-8"))

@@ -38,6 +38,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     return page.render(
         results,
         shown=shown,
+        admissions={n: admission_tables(s.get("admission", {})) for n, s in results["suites"].items()},
         overview=_overview({name: results["suites"][name] for name in shown}),
         mixed=[k for k, values in results["measured"].items() if k != "base" and len(values) > 1],
         recipe_json=json.dumps(results["recipe"], indent=2, ensure_ascii=False),
@@ -91,7 +92,6 @@ def _suite(name: str, suite: Mapping[str, Any], results: Mapping[str, Any]) -> d
         "raw_rows": sum(score["raw_rows"] for score in scores.values()),
         "few": few if results["chosen"].keys() & {*CHOSEN} else [],
         "tasks": _tasks(suite, results["chosen"].get(ORACLE, {}).get(name, {})),
-        "admission": admission_tables(suite.get("admission", {})),
         "hits": hit_table(suite["hits"]) if "hits" in suite else [],
         "measures": measure_sections(suite),
         "tiers": tier_sections(suite),
