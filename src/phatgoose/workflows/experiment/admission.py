@@ -2,7 +2,7 @@
 
 Routing can only be compared where there is something to gain and an expert of the pool gains some of it. So a task is
 measured only if an expert of its own training rows is better than the base alone, and so is one of the experts that
-its suite names beforehand. Both are found out on validation rows, before a test row is read.
+its suite names beforehand. Both are found out on validation rows, before a test row is measured.
 """
 
 from __future__ import annotations
