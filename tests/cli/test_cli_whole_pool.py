@@ -100,6 +100,18 @@ def test_signatures_of_a_pool(run, plain_pool, task):
     assert (again.code, "1: bare" in again.out) == (0, True)
 
 
+def test_what_else_is_in_the_work_folder_stays(run, plain_pool, task, tmp_path, monkeypatch):
+    """The adapters that the pool was made of lie there, under the experts' names; the pool is the current folder."""
+    monkeypatch.chdir(plain_pool)
+    before = {path for path in tmp_path.glob("*/*") if path.parent != plain_pool}
+    found = run("gate", "--pool", ".", "bare", "--task", task, "--work", tmp_path, *SMALL)
+    assert found.code == 0, found.err
+    assert before == {path for path in tmp_path.glob("*/*") if path.parent != plain_pool}
+    found = run("gate", "--pool", ".", "one", "--task", task, *SMALL)
+    assert found.code == 0, found.err
+    assert not (tmp_path / "pool.work").exists()
+
+
 def test_what_cannot_be_meant(run, plain_pool, task):
     for words, code, said in (
         (("--pool", plain_pool, "--task", f"ones={task}"), 1, "did you mean 'one'"),

@@ -62,10 +62,15 @@ def only_run(folder: Path, command: str, work: Path) -> Iterator[None]:
         return
     with locks.only_run(folder, folder.absolute().parent / f".{folder.name}.{command}.lock"):
         yield
-        for name in LEFT[command]:
-            shutil.rmtree(work / name, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            work.rmdir()
+        clear(work, command)
+
+
+def clear(work: Path, command: str) -> None:
+    """Removes what `command` left in `work`, and `work` if nothing else is in it."""
+    for name in LEFT[command]:
+        shutil.rmtree(work / name, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        work.rmdir()
 
 
 def made_so(record: Mapping[str, Any], base: Base | None, task: Task | None, config: LoopConfig) -> bool:

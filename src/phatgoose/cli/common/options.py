@@ -164,6 +164,8 @@ class RunOptions(Options):
     """Replace another result that is there already."""
 
     def work_folder(self, target: Path) -> Path:
+        if target.name in ("", ".."):  # as `.` has
+            target = target.resolve()
         return self.work or target.with_name(target.name + ".work")
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -105,7 +104,7 @@ def over_pool(
                 failed[name] = str(error)
                 show.warn(f"{name}: {error}")
             else:
-                shutil.rmtree(work / name, ignore_errors=True)
+                folders.clear(work / name, part)
     done = [name for name in left if name not in failed and name not in finished]
     rows_ = [("made", f"{len(done)}: {few(done, 20)}" if done else "none")]
     if finished:
