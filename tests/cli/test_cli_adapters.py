@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import httpx2
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from conftest import make_model
 from phatgoose.experts.manifest import read_manifest
 from phatgoose.experts.pool import Pool
+from phatgoose.workflows.collect import by_reason
 from server_command import running
 
 pytest_plugins = ["cli_fixtures"]
@@ -200,3 +202,24 @@ def test_a_pool_takes_only_adapters_of_its_base_later(run, made, adapters):
     whole = run("pool", "add", pool, adapters / "stranger", "--any-base")
     assert whole.code == 0, whole.err
     assert "14 experts; 1 of 1 were taken" in whole.out
+
+
+@pytest.mark.parametrize("name", ["~nobody-here/model", "runs/first--try", "x" * 300])
+def test_a_base_under_a_name_that_can_be_nowhere_is_recorded_as_it_is(run, adapters, tmp_path, name):
+    shutil.copytree(adapters / "rank-1", tmp_path / "rank-1")
+    path = tmp_path / "rank-1" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name}))
+    result = run("pool", "create", tmp_path / "pool", tmp_path / "rank-1")
+    assert result.code == 0, result.err
+    assert read_manifest(tmp_path / "pool")["base"] == {"spec": name}
+    refused = run("generate", "red", "--pool", tmp_path / "pool")
+    assert (refused.code, "the recorded base can't be loaded here" in refused.err) == (1, True)
+
+
+def test_reasons_keep_their_words_whatever_the_adapters_are_called():
+    left = {
+        "a": "a/x.json has no data.",
+        ".": "x.json is bad.",
+        "r": "expert 'r' (r): adapter r is bad for it.",
+    }
+    assert by_reason(left) == ["a: x.json has no data.", ".: x.json is bad.", "r: adapter it is bad for it."]

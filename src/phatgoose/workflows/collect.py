@@ -119,7 +119,7 @@ def by_reason(left_out: Mapping[str, str]) -> list[str]:
     kinds: dict[str, list[str]] = defaultdict(list)
     for given, why in left_out.items():
         kinds[_plain_reason(given, why)].append(given)
-    short = {given: Path(given).name for given in left_out}
+    short = {given: Path(given).name or given for given in left_out}
     twice = {name for name, n in Counter(short.values()).items() if n > 1}
     return [
         f"{', '.join(given if short[given] in twice else short[given] for given in group)}: {why}"
@@ -129,7 +129,7 @@ def by_reason(left_out: Mapping[str, str]) -> list[str]:
 
 def _plain_reason(given: str, why: str) -> str:
     """A reason without the name of what was given, so that equal reasons are equal texts."""
-    place = re.escape(given.rstrip("/"))
+    place = rf"(?<![\w./-]){re.escape(given.rstrip('/'))}"  # as a whole: "a" is in many words
     why = re.sub(rf"expert '[^']*' \({place}/?\)", "it", why)
     why = re.sub(rf"{place}/(?=[\w.])", "", why)
     why = re.sub(rf"{place}/?(?![\w-])", "it", why)
@@ -226,9 +226,10 @@ def _normal(name: str) -> str:
 
 def place_of_base(name: str) -> str:
     """A folder or file that is here by its whole path, so that the pool can be used from any folder."""
-    if name in ALIASES or not name or not Path(name).expanduser().exists():
+    place = os.path.expanduser(name)  # os.path raises nothing, whatever a config names
+    if name in ALIASES or not name or not os.path.exists(place):
         return name.rstrip("/") or name
-    return os.path.abspath(Path(name).expanduser())
+    return os.path.abspath(place)
 
 
 def _at_hand(base: str) -> tuple[PreTrainedModel | None, str | None, Fingerprint | None]:

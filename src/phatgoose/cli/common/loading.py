@@ -112,7 +112,7 @@ def _not_here(spec: str, error: BaseModelError, folder: Path | None) -> BaseMode
     once = "say where with --base"
     if folder is not None:
         once += f", or once and for all with `{shlex.join(['phatgoose', 'pool', 'base', str(folder)])} BASE`"
-    if Path(spec).is_absolute() and not Path(spec).exists():
+    if os.path.isabs(spec) and not os.path.exists(spec):
         why = f"{brief(spec)} is a folder of another machine, or was moved."
     else:
         why = str(error)

@@ -220,18 +220,19 @@ def find_source(
 
     needs_weights: refuse a folder without weights; else one with a configuration is enough.
     """
-    spec, path = os.fspath(place), Path(place).expanduser()
-    if not needs_weights and (path / "config.json").is_file():
+    # What an adapter's config names may be no path at all: os.path says so, where pathlib raises.
+    spec, path = os.fspath(place), Path(os.path.expanduser(place))
+    if not needs_weights and os.path.isfile(path / "config.json"):
         return Source(spec, path)
     if spec in ALIASES:
         _no_revision(spec, revision, "an alias")
         alias = ALIASES[spec]
         return Source(spec, copy_of_alias(spec, alias), notes=(alias.note,), copy=True)
-    if spec and path.is_dir():
+    if spec and os.path.isdir(path):
         _no_revision(spec, revision, "a folder")
         check_folder(path, spec)
         return Source(spec, path)
-    if path.is_file():
+    if os.path.isfile(path):
         _no_revision(spec, revision, "a file")
         if path.suffix.lower() != ".gguf":
             raise BaseModelError(
@@ -240,8 +241,8 @@ def find_source(
         return _gguf(spec, path)
     outer, colon, file = spec.rpartition(":")
     if colon and file.lower().endswith(".gguf"):
-        if Path(outer).expanduser().is_dir():
-            return find_source(Path(outer).expanduser() / file, revision)
+        if os.path.isdir(folder := os.path.expanduser(outer)):
+            return find_source(Path(folder) / file, revision)
         if (hub := _hub(outer, revision)) is not None:
             with hub.explain(file):
                 look_up(str(hub.place), hub.revision, file)

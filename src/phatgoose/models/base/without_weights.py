@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -97,7 +97,7 @@ def why_not_at_hand(spec: str) -> str | None:
     converted, but for a GGUF file that lies here."""
     if spec in ALIASES:
         return None if has_copy(spec) else "it hasn't been fetched yet"
-    if spec.lower().endswith(".gguf") and not Path(spec).exists():
+    if spec.lower().endswith(".gguf") and not os.path.exists(spec):
         return "there is no such file here"  # on the Hub, it would be fetched
     try:
         source = find_source(spec)
@@ -109,6 +109,8 @@ def why_not_at_hand(spec: str) -> str | None:
         folder = _cached(source)
     except LocalEntryNotFoundError:
         folder = None
+    except HFValidationError:
+        return "there is no such folder here, and it is not a Hub id"
     return None if folder is not None and _is_whole(folder) else "it isn't in the Hub's cache"
 
 
