@@ -204,6 +204,38 @@ def test_a_pool_takes_only_adapters_of_its_base_later(run, made, adapters):
     assert "14 experts; 1 of 1 were taken" in whole.out
 
 
+def test_a_base_that_is_there_when_adapters_are_added_is_recorded(run, adapters, base, tmp_path):
+    """It was only named when the pool was made, and an emptied pool keeps it."""
+    there = tmp_path / "elsewhere"
+    for name in ("rank-1", "rank-2"):
+        shutil.copytree(adapters / name, tmp_path / name)
+        path = tmp_path / name / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(there)}))
+    pool = tmp_path / "pool"
+    assert run("pool", "create", pool, tmp_path / "rank-1").code == 0
+    assert read_manifest(pool)["base"] == {"spec": str(there)}
+    there.symlink_to(base)
+    result = run("pool", "add", pool, tmp_path / "rank-2")
+    assert (result.code, "its fingerprint is recorded" in result.out) == (0, True), result.err
+    recorded = read_manifest(pool)["base"]
+    assert (recorded["spec"], "samples" in recorded) == (str(there), True)
+    assert run("pool", "remove", pool, "rank-1", "rank-2").code == 0
+    assert run("pool", "add", pool, tmp_path / "rank-1").code == 0
+    assert read_manifest(pool)["base"] == recorded
+
+
+def test_a_damaged_record_of_the_base_is_mended_as_it_says(run, adapters, base, tmp_path):
+    pool = tmp_path / "pool"
+    assert run("pool", "create", pool, adapters / "rank-1").code == 0
+    manifest = read_manifest(pool)
+    (pool / "pool.json").write_text(json.dumps(manifest | {"base": {"bad": 1}}))
+    refused = run("pool", "base", pool, base)
+    assert (refused.code, "Make it null there, then say" in refused.err) == (1, True)
+    (pool / "pool.json").write_text(json.dumps(manifest | {"base": None}))
+    assert run("pool", "base", pool, base).code == 0
+    assert read_manifest(pool)["base"] == manifest["base"]
+
+
 @pytest.mark.parametrize("name", ["~nobody-here/model", "runs/first--try", "x" * 300])
 def test_a_base_under_a_name_that_can_be_nowhere_is_recorded_as_it_is(run, adapters, tmp_path, name):
     shutil.copytree(adapters / "rank-1", tmp_path / "rank-1")

@@ -22,6 +22,7 @@ from phatgoose.cli.common.options import (
 )
 from phatgoose.cli.measure import show
 from phatgoose.errors import DownloadError, PhatgooseError, PoolError
+from phatgoose.records import Fingerprint
 from phatgoose.registry import unknown
 from phatgoose.shipped import pools
 
@@ -124,8 +125,9 @@ def add(
 ) -> None:
     """Add experts to a pool. What can't be taken is left out, and it is said why, as by `phatgoose pool create`."""
     from phatgoose.experts.health import DIFFERENT_BASES
+    from phatgoose.experts.manifest import base_of, read_manifest
     from phatgoose.experts.names import MANIFEST
-    from phatgoose.experts.pool_folder import add_to_folder
+    from phatgoose.experts.pool_folder import add_to_folder, record_base
     from phatgoose.workflows.collect import collect
 
     if name is not None and len(experts) != 1:
@@ -134,10 +136,14 @@ def add(
         raise PoolError(f"there is no pool in {pool}: make it with `phatgoose pool create`.")
     found, left_out = _read_all(experts, name, drop, fetch)
     there = phatgoose.Pool.load(pool) if _names(pool) else None
-    made = collect(found, left_out, any_base=take.any_base, there=there)
+    recorded = base_of(read_manifest(pool), pool)  # of an empty pool, too
+    named = recorded.spec if isinstance(recorded, Fingerprint) else recorded
+    made = collect(found, left_out, base=None if there else named, any_base=take.any_base, there=there)
     new = made.pool.experts[len(there or ()) :]
     for expert in new:
         add_to_folder(pool, expert)
+    if made.pool.own_base is not None and not isinstance(recorded, Fingerprint):
+        record_base(pool, made.pool.own_base)
     about = (DIFFERENT_BASES, *(expert.name for expert in new))
     _warn_by_kind(w for w in made.warned() if any(text in str(w) for text in about))
     _summary(pool, made, len(found) + len(left_out), new)

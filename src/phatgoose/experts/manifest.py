@@ -98,8 +98,8 @@ def base_of(manifest: Mapping[str, Any], folder: Path) -> Fingerprint | str | No
         return Fingerprint.from_json(found)
     except (KeyError, TypeError, ValueError, AttributeError) as cause:
         raise PoolError(
-            f"{folder / MANIFEST}: the recorded base is neither a fingerprint nor a name: {brief(cause)}. Say which "
-            f"base it is: `phatgoose pool base {folder} BASE`."
+            f"{folder / MANIFEST}: the recorded base is neither a fingerprint nor a name: {brief(cause)}. Make "
+            f"it null there, then say which base it is: `phatgoose pool base {folder} BASE`."
         ) from cause
 
 
