@@ -112,10 +112,12 @@ def test_what_else_is_in_the_work_folder_stays(run, plain_pool, task, tmp_path, 
     assert not (tmp_path / "pool.work").exists()
 
 
-def test_what_cannot_be_meant(run, plain_pool, task):
+def test_what_cannot_be_meant(run, plain_pool, task, tmp_path):
+    (tmp_path / "dots.toml").write_text(f'one.v2 = "{task}"')
     for words, code, said in (
         (("--pool", plain_pool, "--task", f"ones={task}"), 1, "did you mean 'one'"),
         (("--pool", plain_pool, "--task", task, "--task", "bbh:x"), 2, "are both for all experts"),
+        (("--pool", plain_pool, "--task", tmp_path / "dots.toml"), 1, "a name with dots is quoted"),
         (("--pool", plain_pool, "twos", "--task", task), 1, "did you mean 'two'"),
         (("--task", task), 2, "give one expert's folder, or --pool"),
         (("--pool", plain_pool, "--out", "elsewhere", "--task", task), 2, "written into the pool"),

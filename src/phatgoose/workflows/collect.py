@@ -39,8 +39,6 @@ class Collected:
     """What was given → why it isn't in the pool."""
     base: str | None
     """The base's name; None if nothing names one."""
-    named_by: int
-    """How many of the experts name it."""
     not_at_hand: str | None
     """Why the base's weights couldn't be read here; None if they were, or there is no base."""
     fit: Fit | None
@@ -110,8 +108,7 @@ def collect(
     )
     pool = Pool([*(there.experts if there else ()), *experts], own)
     fit = None if weights is None else fit_router(weights, pool)
-    named_by = sum(_name_of(e) is not None for e in experts)
-    return Collected(pool, left, base and place_of_base(base), named_by, not_at_hand, fit)
+    return Collected(pool, left, base and place_of_base(base), not_at_hand, fit)
 
 
 def by_reason(left_out: Mapping[str, str]) -> list[str]:

@@ -199,5 +199,8 @@ def _read_map(file: Path) -> dict[str, str]:
         raise TaskError(f"{file} can't be read as TOML: {cause}.") from cause
     for name, spec in found.items():
         if not isinstance(spec, str):
-            raise TaskError(f'{file}: {name} is no text; expected lines like {name} = "SOURCE:NAME".')
+            raise TaskError(
+                f'{file}: {name} is no text; expected lines like "{name}" = "SOURCE:NAME", where a name with dots is '
+                "quoted."
+            )
     return found
