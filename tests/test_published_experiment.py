@@ -69,6 +69,14 @@ def test_they_are_of_the_shipped_recipe(results):
     }  # sections that recipes didn't have then; none are asked for
     assert {part: shipped.pop(part) for part in newer} == newer
     assert shipped["pool"].pop("admit_rows") == 0
+    unasked = {
+        "measures": [],
+        "admit_rows": 0,
+        "admit_own_gain": 0.1,
+        "admit_sister_gain": 0.04,
+        "own_experts": "",
+    }
+    assert {setting: shipped["measure"].pop(setting) for setting in unasked} == unasked
     assert said.keys() == shipped.keys()
     for part in shipped.keys() - {"folders"}:  # whoever runs it has folders of their own
         assert said[part] == shipped[part]

@@ -54,10 +54,10 @@ def test_the_page_and_an_answer(make_session, served):
     assert status == 200
     assert headers["Content-Type"] == "application/x-ndjson"
     kinds = [event["event"] for event in events if event["event"] != "waiting"]
-    assert kinds == ["turn", *["tokens"] * 4, "end"]
-    assert [ask(address, max_new_tokens=4)[2][i]["texts"] for i in (1, 2)] == [
-        e["texts"] for e in events if e["event"] == "tokens"
-    ][:2]
+    assert kinds == ["turn", "evidence", *["tokens"] * 4, "end"]
+    again = ask(address, max_new_tokens=4)[2]
+    written, repeated = ([e["texts"] for e in found if e["event"] == "tokens"] for found in (events, again))
+    assert written == repeated
     for path in ("/docs", "/openapi.json", "/answer", "/../etc/passwd"):
         assert raw(address, path=path, headers=[("Host", "localhost")])[0] in (404, 405)
 
