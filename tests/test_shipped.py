@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from conftest import files_of
 from phatgoose import shipped
 from phatgoose.cli.main import app
+from phatgoose.errors import PoolError
 from phatgoose.experts.pool import Pool
 from phatgoose.workflows.experiment.recipe import ExperimentRecipe, RecipeError
 
@@ -63,6 +64,9 @@ def test_a_pool_is_read_by_name_and_written_only_as_a_copy(elsewhere):
     assert run("pool", "add", "bigbench-t0", "mine/experts/qqp", "--name", "again").exit_code == 1
     assert run("pool", "remove", "mine", "qqp").exit_code == 0
     assert files_of(POOL) == before
+    for more in ({"revision": "main"}, {"subfolder": "a"}):
+        with pytest.raises(PoolError, match="has no revisions or subfolders"):
+            Pool.pull("bigbench-t0", **more)
     unknown = run("pool", "list", "bigbench-t1").stderr
     assert "not a folder" in unknown
     assert "bigbench-t0" in unknown

@@ -266,6 +266,11 @@ class Pool:
         if folder is not None:
             check_free(Path(folder), overwrite)
         if (shipped := pools().get(repo)) is not None:
+            if revision is not None or subfolder is not None:
+                raise PoolError(
+                    f"{repo} comes with phatgoose and has no revisions or subfolders: leave them out, or give a Hub id "
+                    "(org/name)."
+                )
             pool = Pool.load(shipped)
             if folder is not None:
                 with atomic_folder(Path(folder)) as work:

@@ -95,8 +95,10 @@ def _calibrated(router: Gander, pool: Pool, base: Base) -> Reading:
     behind = {p: place.block for p, place in setup.places.items() if p not in reading.waiting}
     next_block = min((block, path) for path, block in behind.items() if block is not None)[1]
     end = module_at(modules, next_block, pool).register_forward_pre_hook(_end)
-    calibrate(base, routers, backend("auto"))
-    end.remove()
+    try:
+        calibrate(base, routers, backend("auto"))
+    finally:
+        end.remove()
     if router.doubt:
         reading.least(None)  # found by what plain text gave, which is let go then
     reading.release()
