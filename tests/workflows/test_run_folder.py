@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from phatgoose.errors import StorageError
+from phatgoose.workflows.experiment.recipe import ExperimentRecipe
 from phatgoose.workflows.experiment.run import clear, locked_folder, run_experiment
 from phatgoose.workflows.quickstart import run_quickstart
 
@@ -21,7 +22,7 @@ def test_one_run_at_a_time(tmp_path):
         locked_folder(tmp_path / "other", "experiment"),
         pytest.raises(StorageError, match="another run is at work"),
     ):
-        run_experiment(None, tmp_path / "other", fresh=True)
+        run_experiment(ExperimentRecipe.read("smoke"), tmp_path / "other", fresh=True)
 
 
 @pytest.mark.parametrize(("mine", "other"), [("quickstart", "experiment"), ("experiment", "quickstart")])

@@ -65,8 +65,8 @@ def run_experiment(
             was trained on what a suite measures.
     """
     out = Path(out)
+    recipe.check_own_experts()
     with locked_folder(out, kind):
-        recipe.check_own_experts()
         if fresh:
             clear(out)
         run = _Run(recipe, out, executor or Executor(), console or Console(stderr=True))
